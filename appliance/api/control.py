@@ -1,0 +1,204 @@
+"""Request and response models of the admin API: a unix socket, HTTP, JSON; streams are one JSON object a line.
+
+  GET  /v1/admin/status                     Status
+  GET  /v1/admin/store                      StoreOverview
+  POST /v1/admin/inspect    PromptRef       PromptInspection
+  POST /v1/admin/prefetch   PrefetchRequest lines of PrefetchProgress, the last with done=true
+  POST /v1/admin/verify     VerifyRequest   lines of VerifyProgress, the last with report
+  POST /v1/admin/evict      EvictRequest    EvictResult
+  GET  /v1/admin/tenants                    TenantList
+  POST /v1/admin/tenants    TenantAdd       TenantAdded
+
+These models are also what `--json` prints, so a field is never renamed lightly. Errors have the OpenAI shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptRef(Model):
+    """A prompt, one way or the other, as a tenant would send it."""
+
+    tenant: str = "default"
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    cache_salt: str | None = None
+
+
+class TierStatus(Model):
+    tier: Literal["hbm", "dram", "nvme", "remote"]
+    state: Literal["ok", "degraded", "off"]
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    tokens: int
+    pending_blocks: int = 0
+    notes: list[str] = Field(default_factory=list)
+
+
+class EngineStatus(Model):
+    engine: str
+    pid: int | None
+    restarts: int
+    model: str
+    description: str
+    kv_mode: Literal["rows", "opaque", "none"]
+    context_tokens: int
+    threads: int
+    batch_threads: int
+    decode_step_ms: float
+    """Calibrated at start: one token at depth 0."""
+    prefill_tokens_per_s: float
+    """Calibrated at start, shallow depth."""
+    kv_bytes_per_token: int
+    weight_bytes: int
+    cell_bytes: int
+    sequences_resident: int
+    notes: list[str]
+
+
+class Totals(Model):
+    """Since start."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: dict[str, int]
+    """By tier."""
+    completion_tokens: int
+    integrity_failures: int
+    tier_failures: int
+
+
+class Status(Model):
+    state: Literal["ready", "draining", "engine-restarting"]
+    version: str
+    pid: int
+    uptime_s: float
+    home: str
+    base_url: str
+    running: int
+    waiting: int
+    rss_bytes: int
+    """Resident memory of control and engine process, less weights, cells and pool where they can be told apart."""
+    engine: EngineStatus
+    tiers: list[TierStatus]
+    totals: Totals
+
+
+class TierStore(Model):
+    tier: Literal["hbm", "dram", "nvme", "remote"]
+    state: str
+    blocks: int
+    tokens: int
+    used_bytes: int
+    capacity_bytes: int
+    oldest_s: float | None = None
+    """Seconds since the least recently used block was used."""
+    newest_s: float | None = None
+
+
+class StoreOverview(Model):
+    model: str
+    kv_mode: str
+    block_tokens: int
+    kv_bytes_per_token: int
+    tiers: list[TierStore]
+    notes: list[str]
+
+
+class Span(Model):
+    """Prompt tokens [start, stop) and the fastest tier that holds them; "none" is what must be computed."""
+
+    start: int
+    stop: int
+    tier: Literal["hbm", "dram", "nvme", "remote", "none"]
+
+
+class PromptInspection(Model):
+    prompt_tokens: int
+    cached_tokens: int
+    spans: list[Span]
+    estimated_ttft_warm_s: float
+    estimated_ttft_cold_s: float
+
+
+class PrefetchRequest(PromptRef):
+    to: Literal["dram", "hbm"] = "dram"
+    compute: bool = False
+    """Prefill what no tier has."""
+
+
+class PrefetchProgress(Model):
+    prompt_tokens: int
+    found: dict[str, int]
+    """Tokens by tier before anything moved; "none" for what no tier had."""
+    moved_tokens: int
+    computed_tokens: int
+    moved_bytes: int
+    seconds: float
+    done: bool
+    error: str | None = None
+
+
+class VerifyRequest(Model):
+    repair: bool = False
+
+
+class VerifyReport(Model):
+    segments: int
+    records: int
+    bytes_read: int
+    ok: int
+    bad: dict[str, int]
+    """Records that do not open, by reason (torn, tag, identity, length, version)."""
+    index_missing: int
+    """Good records the index does not know."""
+    index_dangling: int
+    """Index entries without a good record."""
+    repaired: int
+    seconds: float
+
+    @property
+    def clean(self) -> bool:
+        return not self.bad and not self.index_missing and not self.index_dangling
+
+
+class VerifyProgress(Model):
+    records_done: int
+    records_total: int
+    report: VerifyReport | None = None
+
+
+class EvictRequest(Model):
+    tier: Literal["hbm", "dram"]
+
+
+class EvictResult(Model):
+    freed: int
+    """Cells (hbm) or blocks (dram)."""
+
+
+class TenantAdd(Model):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+
+
+class TenantAdded(Model):
+    tenant: str
+    api_key: str
+
+
+class TenantInfo(Model):
+    tenant: str
+    api_keys: int
+    created: str
+
+
+class TenantList(Model):
+    tenants: list[TenantInfo]

@@ -1,0 +1,108 @@
+"""The engine as the control process sees it: the calls of protocol.py, awaited. `proxy.py` implements it.
+
+Threading: event loop only. Any call raises EngineDied when the engine process is gone; the proxy starts a new one by
+itself, and calls made meanwhile wait for it (up to its start deadline).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.engine.base import EngineInfo
+from appliance.engine.protocol import EngineStats
+from appliance.types import FinishReason, SamplingParams, TokenLogprob, Tokens
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The prompt's KV is complete and may be exported."""
+
+    prefill_tokens: int
+    prefill_s: float
+    queue_s: float
+    restore_s: float
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    tokens: Tokens
+    text: str
+    """Whole characters only. May be empty while tokens are held back, and hold text of earlier tokens."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    decode_s: float
+
+
+Event = Prefilled | NewTokens | Done
+
+
+class EngineClient(ABC):
+    info: EngineInfo
+    """Valid after start()."""
+
+    generation: int
+    """Counts engine processes; a request begun in an earlier generation no longer exists."""
+
+    pid: int | None
+    """Of the running engine process."""
+
+    @abstractmethod
+    async def start(self) -> EngineInfo: ...
+
+    @abstractmethod
+    async def attach_pool(self, slot_bytes: int, slots: int) -> None:
+        """Tell this and every later engine process how the inherited memfd is divided."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+    @abstractmethod
+    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens: ...
+
+    @abstractmethod
+    async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens: ...
+
+    @abstractmethod
+    async def detokenize(self, tokens: Tokens) -> str: ...
+
+    @abstractmethod
+    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
+        """Tokens of the longest resident prefix inside `ns`, now pinned. Owes a release()."""
+
+    @abstractmethod
+    async def restore(self, request: str, start: int, blocks: Sequence[tuple[int, int, int]]) -> int:
+        """Put slots (slot, n_tokens, use_tokens) at [start, ...); returns tokens now present.
+
+        start may lie below what is present (a resident prefix can end inside a block): the overlap is replaced.
+        RestoreError leaves the request valid with what it had before.
+        """
+
+    @abstractmethod
+    def run(self, request: str, sampling: SamplingParams) -> AsyncIterator[Event]:
+        """Prefill what is missing and decode. Ends after Done. EngineError if the request failed."""
+
+    @abstractmethod
+    async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
+        """Fill slots: (start, n_tokens, slot) each. Returns when all hold their blocks."""
+
+    @abstractmethod
+    async def release(self, request: str) -> None: ...
+
+    @abstractmethod
+    async def cancel(self, request: str) -> None: ...
+
+    @abstractmethod
+    async def evict(self) -> int:
+        """Drop every resident sequence that no request holds; returns the cells freed."""
+
+    @abstractmethod
+    async def stats(self) -> EngineStats: ...

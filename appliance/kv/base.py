@@ -1,0 +1,159 @@
+"""The KV store as the request path sees it: tiers below hbm, found by prefix. `store.py` implements it.
+
+Invariants: a lookup has no side effect. Bytes reach a slot that others can see only after tag, identity and length
+were verified. A block is readable from DRAM from commit() until its record is durable and beyond. Every failure of a
+medium or of verification is a miss and a counter, never an exception to the caller of stage().
+
+Threading: called from the event loop. Blocking work runs on the transfer pool inside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
+
+
+class LookupState(str, Enum):
+    HIT = "hit"
+    PENDING = "pending"
+    """Being written or loaded: usable after a short wait inside stage()."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One block of a stored prefix. `use_tokens` < `n_tokens` only in the last hit of a lookup."""
+
+    block: BlockId
+    parent: BlockId
+    start: int
+    """Position of the block's first token."""
+    n_tokens: int
+    use_tokens: int
+    tier: Tier
+    """The fastest tier that holds it."""
+    state: LookupState
+    payload_bytes: int
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The longest stored prefix of a token sequence: hits contiguous from token 0."""
+
+    hits: tuple[Hit, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.hits[-1].start + self.hits[-1].use_tokens if self.hits else 0
+
+    def by_tier(self, start: int = 0) -> dict[Tier, int]:
+        """Tokens at positions >= start in each tier."""
+        counts: dict[Tier, int] = {}
+        for hit in self.hits:
+            n = hit.start + hit.use_tokens - max(start, hit.start)
+            if n > 0:
+                counts[hit.tier] = counts.get(hit.tier, 0) + n
+        return counts
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A run of consecutive blocks in DRAM slots, verified and pinned until unpin()."""
+
+    hits: tuple[Hit, ...]
+    slots: tuple[int, ...]
+    nbytes: int
+    """Payload bytes of the run."""
+    seconds: float
+    """Read and open time of this run; 0 when it was in DRAM already."""
+
+
+@dataclass(frozen=True)
+class NewBlock:
+    """A block that no tier holds yet."""
+
+    block: BlockId
+    parent: BlockId
+    start: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A slot to export a new block into. Ends by commit() or abort()."""
+
+    new: NewBlock
+    slot: int
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """The shared DRAM pool: a memfd of slots * slot_bytes bytes."""
+
+    fd: int
+    slot_bytes: int
+    slots: int
+
+
+class KVStore(ABC):
+    pool: PoolShape
+
+    @abstractmethod
+    def root(self, ns: Namespace) -> bytes:
+        """h0 of the namespace (FORMAT.md section 2): the opaque namespace id given to the engine."""
+
+    @abstractmethod
+    def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
+        """Longest stored prefix, to the token. No side effects: not even recency changes."""
+
+    @abstractmethod
+    def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
+        """Blocks of `tokens`, tail included, that no tier holds or covers. Parents before children."""
+
+    @abstractmethod
+    def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncIterator[Staged]:
+        """Bring consecutive hits into DRAM and yield them in order, in runs, as they arrive. Touches recency.
+
+        `tokens` is the sequence the hits were looked up for: it is compared to what the records say they hold.
+        Ends early when a block cannot be had: the caller recomputes the rest. Each yielded run is owed an unpin().
+        """
+
+    @abstractmethod
+    def unpin(self, staged: Staged) -> None: ...
+
+    @abstractmethod
+    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
+        """Slots for new blocks, waiting while write-behind is at its bound. A block that another request stored or is
+        storing meanwhile is left out; so the list may be shorter, but keeps its order."""
+
+    @abstractmethod
+    def commit(self, reservations: Sequence[Reservation]) -> None:
+        """The slots hold their blocks: readable now, sealed and appended in the background."""
+
+    @abstractmethod
+    def abort(self, reservations: Sequence[Reservation]) -> None: ...
+
+    @abstractmethod
+    def evict_dram(self) -> int:
+        """Free every DRAM slot whose block is durable below and not pinned; returns the blocks evicted."""
+
+    @abstractmethod
+    def usage(self) -> list[TierUsage]:
+        """dram, nvme and, when configured, remote."""
+
+    @abstractmethod
+    def counters(self) -> Mapping[str, float]:
+        """Monotonic counters under their metric names without the `kvctl_` prefix; labels as `name{tier="nvme"}`."""
+
+    @abstractmethod
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until every committed block is durable. False if the time ran out."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
