@@ -133,8 +133,12 @@ class Engine(ABC):
         """Token ids. `parse_special` turns special-token strings into their ids: for rendered templates only."""
 
     @abstractmethod
-    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> str:
-        """The chat template applied, with the generation prompt. RequestError if the template refuses the messages."""
+    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids of the chat template applied, with the generation prompt.
+
+        Special tokens come from the template only: special-token strings inside the messages stay text.
+        RequestError if the template refuses the messages.
+        """
 
     @abstractmethod
     def piece(self, token: int) -> bytes:
