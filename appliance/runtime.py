@@ -1,52 +1,45 @@
-"""The request path, and nothing else: lookup, decide, stage, restore, run, write behind.
+"""The request path as the server calls it: queue, quarantine, prefetch, inspection, drain. `request.py` is one request.
 
-Only this module knows both halves, the engine and the store. Threading: event loop only.
+Only these two modules know both halves, the engine and the store. A request is a task of its own, from its place in the
+queue to the release of its cells; what a caller iterates over is only a view of it, so a client that goes away never
+leaves blocks unexported or cells held. Threading: event loop only.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
-from appliance.types import FinishReason, Namespace, SamplingParams, Tier, TokenLogprob, Tokens, TokensBySource
+from appliance.engine.client import EngineClient
+from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, RequestError
+from appliance.kv.base import KVStore, Lookup
+from appliance.plan.cost import CostModel
+from appliance.plan.planner import decide
+from appliance.request import Chunk, Finished, GenerateRequest, RequestRun, Timings, pieces_of
+from appliance.types import Namespace, SamplingParams, Tier, Tokens
 
+__all__ = [
+    "Chunk",
+    "Finished",
+    "GenerateRequest",
+    "Inspection",
+    "Limits",
+    "PrefetchStep",
+    "Runtime",
+    "Timings",
+    "Totals",
+]
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    request_id: str
-    ns: Namespace
-    prompt: Tokens
-    sampling: SamplingParams
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Newly generated text (whole characters) and its tokens. Either may be empty."""
-
-    text: str
-    tokens: Tokens
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds. prompt_ms covers stage, restore and prefill: from admission to the first token."""
-
-    queue_ms: float
-    load_ms: float
-    prompt_ms: float
-    predicted_ms: float
-    ttft_ms: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Always the last event."""
-
-    reason: FinishReason
-    completion_tokens: int
-    sources: TokensBySource
-    timings: Timings
+CRASHES_TO_QUARANTINE = 2
+QUARANTINE_ENTRIES = 1024
 
 
 @dataclass(frozen=True)
@@ -61,29 +54,245 @@ class Inspection:
 @dataclass(frozen=True)
 class PrefetchStep:
     found: dict[Tier | None, int]
+    """Tokens by tier before anything moved; None for what no tier had."""
     moved_tokens: int
     computed_tokens: int
     moved_bytes: int
     done: bool
 
 
+@dataclass(frozen=True)
+class Limits:
+    max_running: int
+    max_queue: int
+    store_completions: bool
+
+
+@dataclass
+class Totals:
+    """Since start."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached: dict[Tier, int] = field(default_factory=dict)
+
+    def add(self, prompt_tokens: int, finished: Finished) -> None:
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += finished.completion_tokens
+        for tier in Tier:
+            self.cached[tier] = self.cached.get(tier, 0) + int(getattr(finished.sources, tier.value))
+
+
 class Runtime:
-    """Methods as the server calls them; see the docstring of each."""
+    def __init__(self, engine: EngineClient, store: KVStore, cost: CostModel, limits: Limits) -> None:
+        self.engine = engine
+        self.store = store
+        self.cost = cost
+        self.totals = Totals()
+        self._limits = limits
+        self._slots = asyncio.Semaphore(limits.max_running)
+        self._waiting = 0
+        self._running = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._live: dict[str, asyncio.Task[None]] = {}
+        self._draining = False
+        self._crash_key = os.urandom(32)
+        self._crashes: dict[bytes, int] = {}
 
-    async def tokenize(self, text: str, *, add_special: bool = True) -> Tokens: ...
+    @property
+    def running(self) -> int:
+        return self._running
 
-    async def render(self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None = None) -> Tokens: ...
+    @property
+    def waiting(self) -> int:
+        return self._waiting
 
-    async def detokenize(self, tokens: Tokens) -> str: ...
+    @property
+    def draining(self) -> bool:
+        return self._draining
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Finished]:
-        """Closing the iterator early cancels the request. RequestError, Overloaded, EngineError before the first event
-        or (EngineError) between events."""
-        raise NotImplementedError
+    # --- text --------------------------------------------------------------------------------------------------
 
-    async def inspect(self, ns: Namespace, tokens: Tokens) -> Inspection: ...
+    async def tokenize(self, text: str, *, add_special: bool = True) -> Tokens:
+        return await self.engine.tokenize(text, add_special=add_special)
 
-    def prefetch(self, ns: Namespace, tokens: Tokens, *, to: Tier, compute: bool) -> AsyncIterator[PrefetchStep]:
-        raise NotImplementedError
+    async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
+        return await self.engine.render(messages, tools)
 
-    async def evict(self, tier: Tier) -> int: ...
+    async def detokenize(self, tokens: Tokens) -> str:
+        return await self.engine.detokenize(tokens)
+
+    # --- generate ----------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Finished]:
+        """Events until Finished. Closing the iterator early cancels the request.
+
+        Raises RequestError, Overloaded or EngineError, at the first step or between events.
+        """
+        digest = self._admissible(request)
+        events: asyncio.Queue[Chunk | Finished | KvctlError] = asyncio.Queue()
+        task = self._spawn(self._drive(request, digest, events.put_nowait))
+        self._live[request.request_id] = task
+        task.add_done_callback(lambda _: self._live.pop(request.request_id, None))
+        ended = False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = not isinstance(event, Chunk)
+                if isinstance(event, KvctlError):
+                    raise event
+                yield event
+        finally:
+            if not ended:
+                self._spawn(self._cancel(request.request_id, task))
+
+    def _admissible(self, request: GenerateRequest) -> bytes:
+        if self._draining:
+            raise Overloaded("the appliance is stopping", retry_after_s=10, status=503)
+        if self._slots.locked() and self._waiting >= self._limits.max_queue:
+            raise Overloaded(f"{self._waiting} requests are waiting already; try again later", retry_after_s=2)
+        root = self.store.root(request.ns)
+        digest = hashlib.blake2b(root + request.prompt.data, key=self._crash_key, digest_size=16).digest()
+        if self._crashes.get(digest, 0) >= CRASHES_TO_QUARANTINE:
+            raise RequestError("this request crashed the engine twice and is refused", code="quarantined", status=422)
+        return digest
+
+    async def _drive(
+        self, request: GenerateRequest, digest: bytes, emit: Callable[[Chunk | Finished | KvctlError], None]
+    ) -> None:
+        """One request's life: exactly one Finished or error is emitted, and its cells are released."""
+        run = RequestRun(self.engine, self.store, self.cost, request)
+        answered = False
+
+        def answer(event: Chunk | Finished | KvctlError) -> None:
+            nonlocal answered
+            answered = answered or not isinstance(event, Chunk)
+            if isinstance(event, Finished):
+                self.totals.add(len(request.prompt), event)
+            emit(event)
+
+        try:
+            await self._answer(run, answer)
+            await run.write_behind(completions=self._limits.store_completions)
+        except KvctlError as error:
+            if isinstance(error, EngineDied) and not answered:
+                self._count_crash(digest)
+            if not answered:
+                answer(error)
+            else:
+                log.warning("after the answer: %s", error)
+        except Exception:
+            log.exception("request failed")  # a bug of ours: the traceback holds no content
+            if not answered:
+                answer(EngineError("internal error"))
+        finally:
+            await run.release()
+
+    async def _answer(self, run: RequestRun, emit: Callable[[Chunk | Finished], None]) -> None:
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        self._running += 1
+        try:
+            await run.admit()
+            await run.load()
+            await run.generate(emit, lambda: self._running == 1)
+        finally:
+            self._running -= 1
+            self._slots.release()
+
+    async def _cancel(self, request_id: str, task: asyncio.Task[None]) -> None:
+        """Stop decoding and let the task export what was computed. Repeated: the request may still be in the queue."""
+        while not task.done():
+            with suppress(EngineError):
+                await self.engine.cancel(request_id)
+            await asyncio.wait({task}, timeout=0.25)
+
+    def _count_crash(self, digest: bytes) -> None:
+        if len(self._crashes) >= QUARANTINE_ENTRIES:
+            self._crashes.pop(next(iter(self._crashes)))
+        self._crashes[digest] = self._crashes.get(digest, 0) + 1
+
+    # --- look, prefetch, evict ---------------------------------------------------------------------------------
+
+    async def inspect(self, ns: Namespace, tokens: Tokens) -> Inspection:
+        """Where each token of this prompt is, and what a first token would cost. Changes nothing."""
+        resident, lookup = await self._where(ns, tokens)
+        spans: list[tuple[int, int, Tier | None]] = []
+
+        def add(start: int, stop: int, tier: Tier | None) -> None:
+            if stop > start:
+                if spans and spans[-1][2] == tier:
+                    start = spans.pop()[0]
+                spans.append((start, stop, tier))
+
+        add(0, resident, Tier.HBM)
+        for hit in lookup.hits:
+            add(max(hit.start, resident), hit.start + hit.use_tokens, hit.tier)
+        add(spans[-1][1] if spans else 0, len(tokens), None)
+        warm = decide(len(tokens), resident, pieces_of(lookup.hits), self.cost)
+        cold = decide(len(tokens), 0, (), self.cost)
+        return Inspection(tuple(spans), warm.chosen.total_s, cold.chosen.total_s)
+
+    async def _where(self, ns: Namespace, tokens: Tokens) -> tuple[int, Lookup]:
+        probe = f"probe-{os.urandom(8).hex()}"
+        resident = await self.engine.begin(probe, self.store.root(ns), tokens, 0)
+        await self.engine.release(probe)
+        return resident, self.store.lookup(ns, tokens)
+
+    async def prefetch(self, ns: Namespace, tokens: Tokens, *, to: Tier, compute: bool) -> AsyncIterator[PrefetchStep]:
+        """Bring what is stored up to `to` (dram or hbm); with `compute`, prefill what no tier has. The last step is done."""
+        resident, lookup = await self._where(ns, tokens)
+        found: dict[Tier | None, int] = {Tier.HBM: resident} if resident else {}
+        found.update(lookup.by_tier(resident))
+        if rest := len(tokens) - sum(found.values()):
+            found[None] = rest
+        moved_tokens = moved_bytes = computed = 0
+        yield PrefetchStep(found, 0, 0, 0, done=False)
+        if to is Tier.DRAM:
+            async for staged in self.store.stage(ns, tokens, lookup.hits):
+                self.store.unpin(staged)
+                if staged.seconds:  # it was not in DRAM yet
+                    moved_tokens += sum(hit.use_tokens for hit in staged.hits)
+                    moved_bytes += staged.nbytes
+                    yield PrefetchStep(found, moved_tokens, 0, moved_bytes, done=False)
+        request = GenerateRequest(f"prefetch-{os.urandom(8).hex()}", ns, tokens, SamplingParams(max_tokens=0))
+        if compute and rest:
+            async for event in self.generate(request):
+                if isinstance(event, Finished):
+                    computed = event.sources.computed
+        elif to is Tier.HBM:
+            run = RequestRun(self.engine, self.store, self.cost, request)
+            try:
+                await run.admit()
+                loaded = await run.load()
+            finally:
+                await run.release()
+            moved_tokens, moved_bytes = loaded.present - resident, loaded.nbytes
+        yield PrefetchStep(found, moved_tokens, computed, moved_bytes, done=True)
+
+    async def evict(self, tier: Tier) -> int:
+        """Forget what `tier` (hbm or dram) holds and nobody uses; returns the cells or blocks freed."""
+        return await self.engine.evict() if tier is Tier.HBM else self.store.evict_dram()
+
+    # --- end ---------------------------------------------------------------------------------------------------
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish up to timeout_s, cancel the rest; their KV is still exported."""
+        self._draining = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for request_id, task in list(self._live.items()):
+            self._spawn(self._cancel(request_id, task))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5.0)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -166,6 +166,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. Ranges are checked at the API edge."""
 
     max_tokens: int
+    """0: prefill only, sample nothing."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

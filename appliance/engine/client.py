@@ -40,6 +40,8 @@ class Done:
     prompt_tokens: int
     completion_tokens: int
     decode_s: float
+    kv_tokens: int
+    """Leading tokens of prompt + completion whose KV is in cells and can be exported. The last sampled token has none."""
 
 
 Event = Prefilled | NewTokens | Done

@@ -23,7 +23,8 @@ Control -> engine. Every call has `op` and `call` (an integer); the engine answe
 
 Life of a request in the engine: begin, restore*, run, (events), export*, release. Cells for the whole request (prompt
 plus reserve_tokens) are claimed when it is admitted, before its first restore or prefill; until then it queues. `begin` only
-pins what is resident; `restore` and `run` wait for admission. `release` is owed for every `begin`, also after an error.
+pins what is resident; `restore` and `run` wait for admission, so a restore of no blocks is a wait for admission. A request
+released without `run` leaves what was restored resident. max_tokens 0 prefills and is done. `release` is owed for every `begin`, also after an error.
 A prefix is kept from eviction while a request that holds it has not been released: exports need not hurry.
 
 Engine -> control, unasked:
@@ -32,7 +33,7 @@ Engine -> control, unasked:
              the prompt's KV is complete: it may be exported
   {"event": "tokens", "request", "ids": u32le bytes, "text": str, "logprobs": [[token, logprob, [[token, logprob], ...]], ...] | nil}
              text is whole UTF-8 characters only; held back while it may be the start of a stop string
-  {"event": "done", "request", "reason", "prompt_tokens", "completion_tokens", "decode_s"}
+  {"event": "done", "request", "reason", "prompt_tokens", "completion_tokens", "decode_s", "kv_tokens"}
   {"event": "failed", "request", "message"}
              this request only; the engine lives on
   {"event": "progress", "fraction"}     while loading
