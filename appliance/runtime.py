@@ -248,7 +248,7 @@ class Runtime:
         """Bring what is stored up to `to` (dram or hbm); with `compute`, prefill what no tier has. The last step is done."""
         resident, lookup = await self._where(ns, tokens)
         found: dict[Tier | None, int] = {Tier.HBM: resident} if resident else {}
-        found.update(lookup.by_tier(resident))
+        found |= {tier: count for tier, count in lookup.by_tier(resident).items()}
         if rest := len(tokens) - sum(found.values()):
             found[None] = rest
         moved_tokens = moved_bytes = computed = 0

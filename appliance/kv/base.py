@@ -10,7 +10,7 @@ Threading: called from the event loop. Blocking work runs on the transfer pool i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -117,7 +117,7 @@ class KVStore(ABC):
         """Blocks of `tokens`, tail included, that no tier holds or covers. Parents before children."""
 
     @abstractmethod
-    def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncIterator[Staged]:
+    def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
         """Bring consecutive hits into DRAM and yield them in order, in runs, as they arrive. Touches recency.
 
         `tokens` is the sequence the hits were looked up for: it is compared to what the records say they hold.
