@@ -157,6 +157,16 @@ def home(option: str | None = None) -> Path:
     return Path(state).expanduser().resolve() / "kvctl"
 
 
+def admin_socket(home: Path) -> Path:
+    """Where a running appliance answers `kvctl`."""
+    return home / "admin.sock"
+
+
+def client_file(home: Path) -> Path:
+    """TOML with base_url and api_key, written by `kvctl init`, mode 0600."""
+    return home / "client.toml"
+
+
 def load_profile(name_or_path: str = "default", overrides: Sequence[str] = ()) -> Profile:
     """Built-in profile by name or a TOML file by path, then `section.key=value` overrides. ConfigError names the culprit."""
     builtin = PROFILE_DIR / f"{name_or_path}.toml"
@@ -198,6 +208,9 @@ def _literal(text: str) -> Any:
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    inside = [key for key in keys() if key.startswith(f"{dotted}.")]
+    if inside:
+        raise ConfigError(f'{source}: "{dotted}" is a section; set one of its keys: {", ".join(inside)}')
     if dotted not in keys():
         raise ConfigError(f'{source}: unknown key "{dotted}"{_nearest(dotted, keys())}')
     *sections, leaf = dotted.split(".")
@@ -214,6 +227,8 @@ def _validate(tree: dict[str, Any], source: str) -> Profile:
         dotted = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f'{source}: unknown key "{dotted}"{_nearest(dotted, keys())}') from None
+        if first["type"] == "model_type":
+            raise ConfigError(f'{source}: "{dotted}" is a section: write [{dotted}] and its keys below') from None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{source}: {dotted}: {message}") from None
 

@@ -1,0 +1,39 @@
+# On a new machine `make demo` and `make test` are enough: both set up .venv first.
+# GPU=cuda|rocm|vulkan|metal builds llama.cpp for that backend; PYTHON=python3.12 picks the interpreter.
+
+BIN := .venv/bin
+
+.PHONY: help setup test demo lint check bench clean
+
+help:
+	@echo "make setup [GPU=cuda|rocm|vulkan|metal]   .venv with everything in it"
+	@echo "make demo                                 see a context survive a crash, in a throw-away home"
+	@echo "make test                                 the test suite"
+	@echo "make check                                format, lint, types, import contracts, size, tests"
+	@echo "make bench                                the measurements of docs/BENCHMARKS.md"
+	@echo "make clean                                remove .venv and every cache"
+
+setup:
+	@PYTHON="$(PYTHON)" scripts/setup.sh $(GPU)
+
+test: setup
+	@$(BIN)/python -m pytest tests --ignore=tests/bench
+
+demo: setup
+	@$(BIN)/kvctl demo
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/size_report.py
+
+check: lint test
+
+bench: setup
+	@$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
