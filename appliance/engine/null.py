@@ -1,0 +1,289 @@
+"""The reference engine: no model, real KV bytes. It is the executable meaning of base.py.
+
+A token's KV row is real bytes in a real cell, chained: row = state * C, where state = previous_state * M + mix(token) and
+previous_state is read back from the previous row's bytes. Logits are a function of every row of the sequence as it
+stands in its cells. Invariant: one wrong, missing or misplaced KV byte changes the logits, so the completion; the same
+rows give the same logits however the prompt was batched.
+
+Vocabulary: 256 byte tokens, then SPECIALS. Completions are printable ASCII. The end token is chosen only after byte 4
+(end of transmission), or when logit_bias asks for it.
+
+Threading: as base.py says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row, Sampled, Sampler
+from appliance.engine.sampling import Chain, Logits
+from appliance.errors import EngineError, RequestError, RestoreError
+from appliance.types import BlockLayout, Fingerprint, SamplingParams, Tokens
+
+SPECIALS = ("<|end|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+END, BEGIN = 256, 257
+VOCAB_TOKENS = 256 + len(SPECIALS)
+END_TRIGGER = 4
+HEADER_BYTES = 8
+"""Each frame of a block begins with its token count and its position, u32le each."""
+
+_SPECIAL_IDS = {text: 256 + i for i, text in enumerate(SPECIALS)}
+_SPECIAL_PATTERN = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
+_PRINTABLE = slice(32, 127)
+_MULTIPLIER = 0xD1342543DE82EF95
+_WORD = 2**64
+
+U64 = npt.NDArray[np.uint64]
+
+
+def create(config: EngineConfig, on_progress: Callable[[float], None]) -> NullEngine:
+    engine = NullEngine(config)
+    on_progress(1.0)
+    return engine
+
+
+def _mix(values: U64) -> U64:
+    """splitmix64: a bijection on 64-bit words."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _powers(base: int, count: int) -> U64:
+    """base**0 .. base**(count - 1) modulo 2**64."""
+    factors = np.full(count, base % _WORD, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
+
+
+class _Codec:
+    """state <-> row. unfold(fold(state)) == state, and any change of one byte of a row changes its state."""
+
+    def __init__(self, words: int) -> None:
+        odd = _mix(np.arange(2 * words, dtype=np.uint64)) | np.uint64(1)
+        self._out, self._in = odd[:words].copy(), odd[words:].copy()
+        rest = sum(int(a) * int(b) for a, b in zip(self._out[1:], self._in[1:], strict=True))
+        self._out[0] = (1 - rest) * pow(int(self._in[0]), -1, _WORD) % _WORD  # so that out . in == 1
+
+    def rows(self, states: U64) -> U64:
+        return states[:, None] * self._out
+
+    def states(self, rows: U64) -> U64:
+        return cast(U64, (rows * self._in).sum(axis=1, dtype=np.uint64))
+
+
+class _Sequence:
+    """Cells of positions [0, len), and the digest of its first `digested` rows."""
+
+    def __init__(self) -> None:
+        self.cells = np.empty(0, np.int64)
+        self.digested = 0
+        self.digest = 0
+
+
+class NullSampler(Sampler):
+    def __init__(self, engine: NullEngine, chain: Chain) -> None:
+        self._engine = engine
+        self._chain = chain
+
+    def sample(self, row: int) -> Sampled:
+        token, logprob = self._chain.choose(np.frombuffer(self._engine.logits(row), np.float32))
+        return Sampled(token, token == END, logprob)
+
+    def close(self) -> None: ...
+
+
+class NullEngine(Engine):
+    def __init__(self, config: EngineConfig, *, token_bytes: int = 64, frames: int = 1) -> None:
+        assert token_bytes % (8 * frames) == 0, "a row is whole words in every frame"
+        self._words = token_bytes // 8
+        self._codec = _Codec(self._words)
+        self._rows = np.zeros((config.context_tokens, self._words), np.uint64)
+        self._holders = np.zeros(config.context_tokens, np.int32)
+        self._free = np.arange(config.context_tokens - 1, -1, -1, dtype=np.int64)
+        self._n_free = config.context_tokens
+        self._sequences = [_Sequence() for _ in range(config.max_sequences)]
+        self._power = _powers(_MULTIPLIER, config.batch_tokens + 1)
+        self._inverse = _powers(pow(_MULTIPLIER, -1, _WORD), config.batch_tokens + 1)
+        self._logits: list[Logits | None] = []
+        layout = BlockLayout(config.block_tokens, (token_bytes // frames,) * frames, (HEADER_BYTES,) * frames)
+        self.info = _info(config, layout)
+
+    # --- text ---------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        ids = [BEGIN] if add_special else []
+        for part in _SPECIAL_PATTERN.split(text) if parse_special else [text]:
+            if parse_special and part in _SPECIAL_IDS:
+                ids.append(_SPECIAL_IDS[part])
+            else:
+                ids.extend(part.encode("utf-8", "replace"))
+        return ids
+
+    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        ids = [BEGIN]
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if f"<|{role}|>" not in SPECIALS[2:] or not isinstance(content, str):
+                raise RequestError("a message has a role of system, user, assistant or tool, and text", param="messages")
+            ids += [_SPECIAL_IDS[f"<|{role}|>"], *content.encode("utf-8", "replace"), END]
+        return [*ids, _SPECIAL_IDS["<|assistant|>"]]
+
+    def piece(self, token: int) -> bytes:
+        return bytes((token,)) if token < 256 else b""
+
+    # --- compute ------------------------------------------------------------------------------------------------
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        if sum(len(row.tokens) for row in rows) > self._n_free:
+            raise EngineError("no free cells")
+        tokens = [np.frombuffer(row.tokens.data, "<u4").astype(np.uint64) for row in rows]
+        if any(ids.max() >= VOCAB_TOKENS for ids in tokens):
+            raise EngineError("token id out of range")
+        self._logits = [self._compute(row, ids) for row, ids in zip(rows, tokens, strict=True)]
+
+    def _compute(self, row: Row, ids: U64) -> Logits | None:
+        sequence = self._sequences[row.seq]
+        assert row.start == len(sequence.cells), "a row continues its sequence"
+        n = len(ids)
+        assert 0 < n < len(self._power), "a decode call holds at most batch_tokens"
+        last = self._codec.states(self._rows[sequence.cells[-1:]])  # of the previous row, as it stands in its cell
+        before = last[0] if len(last) else np.uint64(0)
+        states = self._power[1 : n + 1] * (before + np.cumsum(_mix(ids) * self._inverse[1 : n + 1], dtype=np.uint64))
+        cells = self._allocate(n)
+        self._rows[cells] = self._codec.rows(states)
+        sequence.cells = np.concatenate((sequence.cells, cells))
+        return self._logits_of(sequence, int(ids[-1])) if row.want_logits else None
+
+    def _logits_of(self, sequence: _Sequence, last_token: int) -> Logits:
+        start, stop = sequence.digested, len(sequence.cells)
+        states = _mix(self._codec.states(self._rows[sequence.cells[start:]]))
+        places = _mix(np.arange(start, stop, dtype=np.uint64)) | np.uint64(1)
+        sequence.digest = (sequence.digest + int((states * places).sum(dtype=np.uint64))) % _WORD
+        sequence.digested = stop
+        noise = _mix(np.arange(VOCAB_TOKENS, dtype=np.uint64) ^ np.uint64(sequence.digest))
+        logits = (_mix(noise) >> np.uint64(40)).astype(np.float32) * np.float32(8 / 2**24)  # in [0, 8)
+        logits[: _PRINTABLE.start] -= 50
+        logits[_PRINTABLE.stop :] -= 50
+        if last_token == END_TRIGGER:
+            logits[END] = 50
+        return logits
+
+    def logits(self, row: int) -> memoryview:
+        logits = self._logits[row]
+        assert logits is not None, "the row did not ask for logits"
+        return memoryview(logits)
+
+    def new_sampler(self, params: SamplingParams, prompt: Tokens) -> Sampler:
+        if any(not 0 <= token < VOCAB_TOKENS for token, _ in params.logit_bias):
+            raise RequestError("logit_bias names a token that does not exist", param="logit_bias")
+        return NullSampler(self, Chain(params, prompt, END))
+
+    # --- cells --------------------------------------------------------------------------------------------------
+
+    def link(self, source: int, target: int, start: int, stop: int) -> None:
+        cells = self._sequences[source].cells[start:stop]
+        sequence = self._sequences[target]
+        assert start == len(sequence.cells) and len(cells) == stop - start, "sequences are dense"
+        self._holders[cells] += 1
+        sequence.cells = np.concatenate((sequence.cells, cells))
+
+    def drop(self, seq: int, start: int = 0) -> None:
+        sequence = self._sequences[seq]
+        dropped = sequence.cells[start:]
+        sequence.cells = sequence.cells[:start].copy()
+        if start < sequence.digested:
+            sequence.digested = sequence.digest = 0
+        self._holders[dropped] -= 1
+        freed = dropped[self._holders[dropped] == 0]
+        self._free[self._n_free : self._n_free + len(freed)] = freed
+        self._n_free += len(freed)
+
+    def export(self, seq: int, start: int, blocks: Sequence[tuple[int, memoryview]]) -> None:
+        cells = self._sequences[seq].cells
+        for n_tokens, target in blocks:
+            if start + n_tokens > len(cells) or len(target) != self.info.layout.payload_bytes(n_tokens):
+                raise EngineError("the block is not in cells, or the buffer is not its size")
+            rows = self._rows[cells[start : start + n_tokens]]
+            header = np.array((n_tokens, start), "<u4").view(np.uint8)
+            for frame, columns in self._frames(target, n_tokens):
+                frame[:HEADER_BYTES] = header
+                frame[HEADER_BYTES:].view("<u8").reshape(n_tokens, -1)[:] = rows[:, columns]
+            start += n_tokens
+
+    def restore(self, seq: int, start: int, blocks: Sequence[tuple[int, int, memoryview]]) -> None:
+        sequence = self._sequences[seq]
+        assert start == len(sequence.cells), "a restore continues its sequence"
+        parts = []
+        for n_tokens, use_tokens, source in blocks:
+            parts.append(self._read(source, n_tokens, start)[:use_tokens])
+            start += n_tokens
+        rows = np.concatenate(parts)
+        if len(rows) > self._n_free:
+            raise RestoreError("no free cells")
+        cells = self._allocate(len(rows))
+        self._rows[cells] = rows
+        sequence.cells = np.concatenate((sequence.cells, cells))
+
+    def _read(self, source: memoryview, n_tokens: int, start: int) -> U64:
+        if len(source) != self.info.layout.payload_bytes(n_tokens):
+            raise RestoreError("the block is not the size its token count says")
+        rows = np.empty((n_tokens, self._words), np.uint64)
+        for frame, columns in self._frames(source, n_tokens):
+            if frame[:HEADER_BYTES].tobytes() != np.array((n_tokens, start), "<u4").tobytes():
+                raise RestoreError("the block is of another length or position")
+            rows[:, columns] = frame[HEADER_BYTES:].view("<u8").reshape(n_tokens, -1)
+        return rows
+
+    def _frames(self, payload: memoryview, n_tokens: int) -> list[tuple[npt.NDArray[np.uint8], slice]]:
+        """Each frame's bytes, and the words of a row it holds."""
+        parts, offset, sizes = [], 0, self.info.layout.frames(n_tokens)
+        words = self._words // len(sizes)
+        for i, size in enumerate(sizes):
+            frame = np.frombuffer(payload, np.uint8, size, offset)
+            parts.append((frame, slice(i * words, (i + 1) * words)))
+            offset += size
+        return parts
+
+    def _allocate(self, n: int) -> npt.NDArray[np.int64]:
+        self._n_free -= n
+        cells = self._free[self._n_free : self._n_free + n][::-1].copy()
+        self._holders[cells] = 1
+        return cells
+
+    @property
+    def free_cells(self) -> int:
+        return self._n_free
+
+    def close(self) -> None: ...
+
+
+def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
+    shape = f"null engine|{layout.token_bytes}|{layout.fixed_bytes}".encode()
+    return EngineInfo(
+        engine="null 1",
+        model_name="null",
+        description="reference engine: no model, bytes as tokens",
+        vocab_tokens=VOCAB_TOKENS,
+        train_context_tokens=config.context_tokens,
+        context_tokens=config.context_tokens,
+        max_sequences=config.max_sequences,
+        kv_mode=KVMode.ROWS,
+        layout=layout,
+        fingerprint=Fingerprint(hashlib.sha256(config.model_sha256).digest(), hashlib.sha256(shape).digest()),
+        threads=1,
+        batch_threads=1,
+        decode_step_s=0.0001,
+        prefill_tokens_per_s=1e6,
+        weight_bytes=0,
+        cell_bytes=config.context_tokens * sum(layout.token_bytes),
+        has_chat_template=True,
+        notes=(),
+    )
