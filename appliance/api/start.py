@@ -5,7 +5,7 @@ These are the lines of `kvctl serve --json`, one JSON object each. `build.serve`
 
 from __future__ import annotations
 
-from typing import Literal, Union
+from typing import Literal
 
 from appliance.api.control import Model, TierStatus
 
@@ -35,4 +35,4 @@ class StartReady(Model):
     seconds: float
 
 
-StartEvent = Union[StartProgress, StartReady]
+StartEvent = StartProgress | StartReady
