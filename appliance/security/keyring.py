@@ -21,6 +21,7 @@ from appliance.security.seal import KEY_BYTES
 from appliance.security.tenants import API_KEY_PREFIX, Body, Tenant
 
 COPIES = ("keyring.a", "keyring.b")
+UNLOCK_KEY_NAME = "unlock.key"
 
 _LOCK = "keyring.lock"
 _MAX_FILE_BYTES = 64 * 2**20
@@ -122,6 +123,11 @@ class Keyring:
         return api_key
 
 
+def create_key_file(path: Path) -> None:
+    """A new random unlock key. Whoever holds it can open everything; without it nothing can be opened."""
+    write_private(path, os.urandom(KEY_BYTES))
+
+
 def _read_key(path: Path) -> bytes:
     try:
         key = read_private(path, KEY_BYTES + 1)
@@ -159,7 +165,7 @@ def _load(home: Path, key_file: Path) -> State:
         names = " and ".join(str(home / name) for name in COPIES)
         raise KeyringError(f"{names} are both damaged; restore one of them from a backup")
     newest = max(good.values(), key=lambda state: (state.epoch, state.version))
-    if any(name not in good or good[name].version != newest.version for name in COPIES):
+    if any(good.get(name) != newest for name in COPIES):
         with suppress(OSError):  # one good copy is enough to serve; the next start or change tries again
             _write(home, newest)
     return newest

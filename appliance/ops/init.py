@@ -1,0 +1,70 @@
+"""`kvctl init`: a home with an unlock key, a keyring, a first tenant and the client's settings.
+
+Invariant: running it again changes nothing that is complete and completes what is not, wherever it was interrupted.
+It never replaces a key: if the keyring is there and its key file is not, that is an error. One init at a time.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from appliance.config import Profile, ServerSection, load_profile
+from appliance.security.files import exclusive, write_private
+from appliance.security.keyring import UNLOCK_KEY_NAME, Keyring, create_key_file
+
+FIRST_TENANT = "default"
+CLIENT_NAME = "client.toml"
+
+
+@dataclass(frozen=True)
+class InitResult:
+    home: Path
+    tenant: str
+    key_file: Path
+    client_file: Path
+    created: tuple[str, ...]
+    """What this run made, in words; empty when everything was there."""
+
+
+def key_file(home: Path, profile: Profile) -> Path:
+    """The file that unlocks this home's keyring."""
+    return Path(profile.security.key_file).expanduser() if profile.security.key_file else home / UNLOCK_KEY_NAME
+
+
+def init(home: Path, profile_name: str = "default") -> InitResult:
+    profile = load_profile(profile_name)
+    unlock, client = key_file(home, profile), home / CLIENT_NAME
+    created: list[str] = []
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with exclusive(home / "init.lock"):
+        if not Keyring.exists(home):
+            if not unlock.exists():
+                create_key_file(unlock)
+                created.append("unlock key")
+            keyring = Keyring.create(home, unlock)
+            created.append("keyring")
+        else:
+            keyring = Keyring.open(home, unlock)
+        first = not any(tenant.name == FIRST_TENANT for tenant in keyring.tenants())
+        if first or not client.exists():
+            api_key = keyring.add_tenant(FIRST_TENANT) if first else keyring.add_api_key(FIRST_TENANT)
+            created.append(f'tenant "{FIRST_TENANT}"' if first else "API key")
+            settings = {"base_url": _base_url(profile.server), "api_key": api_key}
+            write_private(client, tomli_w.dumps(settings).encode())
+            created.append("client settings")
+    return InitResult(home, FIRST_TENANT, unlock, client, tuple(created))
+
+
+def _base_url(server: ServerSection) -> str:
+    """Where a client on this box reaches the server."""
+    try:
+        address = ipaddress.ip_address(server.host)
+    except ValueError:
+        return f"http://{server.host}:{server.port}"
+    if address.is_unspecified:
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"http://[{address}]:{server.port}" if address.version == 6 else f"http://{address}:{server.port}"
