@@ -1,0 +1,332 @@
+"""The OpenAI API as this appliance speaks it: requests checked field by field, responses as its clients expect them.
+
+Requests are strict about the type and range of every field they know and ignore the fields they do not, as clients send
+many. What is known but cannot be honoured is refused, never silently dropped. Validators never put a value into a
+message: prompts are content. In responses a field is sent when it was set: null is a value, absence another.
+Immutable values; any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+
+from appliance.types import Tokens
+
+MAX_CHOICES = 64
+MAX_MESSAGES = 10_000
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1_000
+MAX_BIASES = 1_024
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("should be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("contains half of a surrogate pair; send whole Unicode characters") from None
+    return value
+
+
+def _token_ids(value: list[Any]) -> Tokens:
+    if set(map(type, value)) - {int}:
+        raise ValueError("token ids should be whole numbers")
+    try:
+        return Tokens.of(value)
+    except OverflowError:
+        raise ValueError("token ids should lie between 0 and the size of the vocabulary") from None
+
+
+def _prompts(value: object) -> tuple[str | Tokens, ...]:
+    """One prompt or several, each text or token ids; ids become Tokens here, once."""
+    if isinstance(value, str):
+        return (_text(value),)
+    if isinstance(value, list) and value:
+        kinds = set(map(type, value))
+        if kinds == {int}:
+            return (_token_ids(value),)
+        if kinds == {str}:
+            return tuple(map(_text, value))
+        if kinds == {list}:
+            return tuple(map(_token_ids, value))
+    raise ValueError("should be a string, a list of strings, a list of token ids or a list of such lists; not empty")
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise ValueError(f"should be a string or a list of at most {MAX_STOPS} strings")
+    for stop in stops:
+        if not 1 <= len(_text(stop)) <= MAX_STOP_CHARS:
+            raise ValueError(f"each stop string should have 1 to {MAX_STOP_CHARS} characters")
+    return tuple(stops)
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise ValueError(f"should map at most {MAX_BIASES} token ids to a bias")
+    pairs = []
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise ValueError("keys should be token ids")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError("biases should lie between -100 and 100")
+        pairs.append((int(key), float(bias)))
+    return tuple(pairs)
+
+
+def _joined_parts(value: object) -> object:
+    """Content given as parts becomes one string; anything else is left to the field's own type."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError('only parts of type "text" are supported by this model; leave images, audio and files out')
+        texts.append(_text(part.get("text")))
+    return "".join(texts)
+
+
+def _only(*allowed: object, hint: str) -> AfterValidator:
+    """Refuses every value but null and `allowed`."""
+
+    def check(value: object) -> object:
+        if value is not None and value not in allowed:
+            raise ValueError(f"not supported: {hint}")
+        return value
+
+    return AfterValidator(check)
+
+
+NoTools = Annotated[Any, _only([], hint="leave tools out and describe what you need in a message")]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined_parts)]
+    tool_calls: NoTools = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it: they have no developer role."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class StreamOptions(Request):
+    include_usage: bool | None = None
+
+
+class GenerationRequest(Request):
+    """What both generation endpoints share. null means the default, everywhere."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int | None = Field(None, ge=1, le=8)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_biases)] = ()
+    ignore_eos: bool | None = None
+    cache_salt: str | None = Field(None, min_length=32, max_length=128)
+    """Splits the cache inside a tenant: only requests with the same salt share KV."""
+    prompt_cache_key: str | None = None
+    user: str | None = None
+    cache_prompt: bool | None = None
+    response_format: Annotated[
+        Any, _only({"type": "text"}, hint='leave response_format out or send {"type": "text"}')
+    ] = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """Completion tokens the caller asked for."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Most likely tokens to report besides the chosen one; None for no log-probabilities."""
+        raise NotImplementedError
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: NoTools = None
+    functions: NoTools = None
+    tool_choice: Annotated[Any, _only("none", hint='leave tool_choice out or send "none"')] = None
+    function_call: Annotated[Any, _only("none", hint='leave function_call out or send "none"')] = None
+    modalities: Annotated[Any, _only(["text"], hint='leave modalities out or send ["text"]')] = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Annotated[tuple[str | Tokens, ...], PlainValidator(_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Annotated[bool | None, _only(False, hint="leave echo out and prepend the prompt yourself")] = None
+    suffix: Annotated[str | None, _only("", hint="leave suffix out")] = None
+    best_of: Annotated[int | None, _only(1, hint="leave best_of out and choose among n completions yourself")] = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TokenizeRequest(Request):
+    content: str
+    add_special: bool = False
+
+
+class DetokenizeRequest(Request):
+    tokens: Annotated[Tokens, PlainValidator(lambda value: _token_ids(_list(value)))]
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("should be a list of token ids")
+    return value
+
+
+class Body(BaseModel):
+    """A response, or a part of one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def to_json(self) -> bytes:
+        return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
+
+
+class PromptTokensDetails(Body):
+    cached_tokens: int
+
+
+class Usage(Body):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class LlamaTimings(Body):
+    """As llama-server reports them: cache_n + prompt_n is the prompt; rates are null when nothing was computed."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float | None
+    prompt_per_second: float | None
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float | None
+    predicted_per_second: float | None
+
+
+class Explanation(Body):
+    """The `kvctl` object: where the prompt's KV came from and where the time went."""
+
+    tokens: dict[str, int]
+    timings_ms: dict[str, float]
+
+
+class Alternative(Body):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ScoredToken(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(Body):
+    content: list[ScoredToken]
+    refusal: None = None
+
+
+class TextLogprobs(Body):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class ChatMessage(Body):
+    """Also a delta, with only the fields that are new."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(Body):
+    index: int
+    message: ChatMessage | None = None
+    delta: ChatMessage | None = None
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class TextChoice(Body):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+
+
+class Answer(Body):
+    """A whole response or one chunk of a stream, for both endpoints."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: Sequence[ChatChoice | TextChoice]
+    usage: Usage | None = None
+    timings: LlamaTimings | None = None
+    kvctl: Explanation | None = None
+
+
+class Model(Body):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    """Tokens of prompt and completion together (vLLM's name)."""
+
+
+class ModelList(Body):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class TokenList(Body):
+    tokens: list[int]
+
+
+class Content(Body):
+    content: str

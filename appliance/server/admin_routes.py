@@ -1,0 +1,87 @@
+"""The admin API of api/control.py. It is mounted on the unix socket only; `listen.py` checks who connects.
+
+Invariant: a prompt given here is normalised exactly as a tenant's would be, so that it has the same tokens. Event loop only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TypeVar
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from appliance.api.control import EvictRequest, PrefetchRequest, PromptRef, TenantAdd, VerifyRequest
+from appliance.api.openai import MAX_MESSAGES, Message
+from appliance.api.openai import Request as ApiRequest
+from appliance.errors import RequestError
+from appliance.server.base import Admin
+from appliance.server.body import read_request, validate
+from appliance.server.stream import json_lines
+
+RefT = TypeVar("RefT", bound=PromptRef)
+
+
+class _Messages(ApiRequest):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+
+def router(admin: Admin, max_body_bytes: int) -> APIRouter:
+    routes = APIRouter(prefix="/v1/admin")
+
+    @routes.get("/status")
+    async def status() -> Response:
+        return _json(await admin.status())
+
+    @routes.get("/store")
+    async def store() -> Response:
+        return _json(await admin.store())
+
+    @routes.post("/inspect")
+    async def inspect(request: Request) -> Response:
+        return _json(await admin.inspect(_normalised(await read_request(request, PromptRef, max_body_bytes))))
+
+    @routes.post("/prefetch")
+    async def prefetch(request: Request) -> Response:
+        call = _normalised(await read_request(request, PrefetchRequest, max_body_bytes))
+        return json_lines(_lines(admin.prefetch(call)))
+
+    @routes.post("/verify")
+    async def verify(request: Request) -> Response:
+        return json_lines(_lines(admin.verify(await read_request(request, VerifyRequest, max_body_bytes))))
+
+    @routes.post("/evict")
+    async def evict(request: Request) -> Response:
+        return _json(await admin.evict(await read_request(request, EvictRequest, max_body_bytes)))
+
+    @routes.get("/tenants")
+    async def tenants() -> Response:
+        return _json(await admin.tenants())
+
+    @routes.post("/tenants")
+    async def add_tenant(request: Request) -> Response:
+        return _json(await admin.add_tenant(await read_request(request, TenantAdd, max_body_bytes)))
+
+    return routes
+
+
+def _json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")
+
+
+async def _lines(source: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(source):
+        async for item in source:
+            yield item.model_dump_json().encode() + b"\n"
+
+
+def _normalised(ref: RefT) -> RefT:
+    if (ref.messages is None) == (ref.prompt is None):
+        raise RequestError("give either messages or prompt", param="messages")
+    if ref.messages is None:
+        return ref
+    messages = validate(_Messages, {"messages": ref.messages}).messages
+    return ref.model_copy(update={"messages": [message.for_template() for message in messages]})

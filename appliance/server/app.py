@@ -1,0 +1,39 @@
+"""The two ASGI applications: the public one (TCP, API keys) and the admin one (unix socket, peer credentials).
+
+Invariant: every public route but /health needs an API key; admin routes exist on the admin app only. Event loop only.
+"""
+
+from __future__ import annotations
+
+from fastapi import Depends, FastAPI
+
+from appliance.server import admin_routes, errors, llama_routes, openai_routes
+from appliance.server.auth import require_key
+from appliance.server.base import Admin, Service
+from appliance.server.edge import Edge
+from appliance.server.metrics import Metrics
+
+
+def public_app(service: Service) -> FastAPI:
+    app = _app(service.metrics)
+    keyed = [Depends(require_key(service.authenticate))]
+    app.include_router(openai_routes.router(service), dependencies=keyed)
+    app.include_router(llama_routes.router(service), dependencies=keyed)
+    app.include_router(llama_routes.metrics_router(service.metrics), dependencies=keyed)
+    app.include_router(llama_routes.health_router(service.state))
+    return app
+
+
+def admin_app(service: Service, admin: Admin) -> FastAPI:
+    app = _app(service.metrics)
+    app.include_router(admin_routes.router(admin, service.max_body_bytes))
+    app.include_router(llama_routes.metrics_router(service.metrics))
+    app.include_router(llama_routes.health_router(service.state))
+    return app
+
+
+def _app(metrics: Metrics) -> FastAPI:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    errors.install(app)
+    app.add_middleware(Edge, metrics=metrics)
+    return app

@@ -1,0 +1,89 @@
+"""What the server is built on: the runtime, the one model it serves, who may call, and the admin operations.
+
+Invariant: everything the routes need arrives here at construction; there is no module state. Event loop only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from appliance.api.control import (
+    EvictRequest,
+    EvictResult,
+    PrefetchProgress,
+    PrefetchRequest,
+    PromptInspection,
+    PromptRef,
+    Status,
+    StoreOverview,
+    TenantAdd,
+    TenantAdded,
+    TenantList,
+    VerifyProgress,
+    VerifyRequest,
+)
+from appliance.runtime import Runtime
+from appliance.server.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model as clients see it."""
+
+    id: str
+    created: int
+    """Unix seconds."""
+    vocab_tokens: int
+    context_tokens: int
+    default_max_tokens: int
+    system_fingerprint: str
+    """Changes when weights, layout or engine build change."""
+    description: str
+    build: str
+    """Engine name and build."""
+    slots: int
+    """Requests that run at once."""
+
+
+@dataclass(frozen=True)
+class Service:
+    runtime: Runtime
+    model: ServedModel
+    authenticate: Callable[[str], str | None]
+    """API key -> tenant; None for an unknown key. Compares in constant time."""
+    metrics: Metrics
+    state: Callable[[], str]
+    """ready | draining | engine-restarting"""
+    max_body_bytes: int
+
+
+class Admin(ABC):
+    """The operations of the admin socket. Errors of the tree in errors.py become HTTP errors with their message."""
+
+    @abstractmethod
+    async def status(self) -> Status: ...
+
+    @abstractmethod
+    async def store(self) -> StoreOverview: ...
+
+    @abstractmethod
+    async def inspect(self, prompt: PromptRef) -> PromptInspection: ...
+
+    @abstractmethod
+    def prefetch(self, request: PrefetchRequest) -> AsyncGenerator[PrefetchProgress, None]:
+        """The last progress has done=True. Closed early when the caller goes away."""
+
+    @abstractmethod
+    def verify(self, request: VerifyRequest) -> AsyncGenerator[VerifyProgress, None]:
+        """The last progress carries the report. Closed early when the caller goes away."""
+
+    @abstractmethod
+    async def evict(self, request: EvictRequest) -> EvictResult: ...
+
+    @abstractmethod
+    async def tenants(self) -> TenantList: ...
+
+    @abstractmethod
+    async def add_tenant(self, request: TenantAdd) -> TenantAdded: ...

@@ -1,0 +1,46 @@
+"""The outermost layer of both apps: request ids, the last resort for unexpected exceptions, response counts.
+
+Invariant: every response carries `x-request-id`, and no exception passes to the web server, which would log its message.
+Event loop only.
+"""
+
+from __future__ import annotations
+
+import os
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from appliance.server.errors import describe
+from appliance.server.metrics import Metrics
+
+
+class Edge:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = os.urandom(12).hex()
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def tagged(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._metrics.responded(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # noqa: BLE001  the last resort: describe() logs it without content
+            problem = describe(error, request_id)
+            if not started:
+                await problem.response()(scope, receive, tagged)

@@ -1,0 +1,89 @@
+"""Errors as clients see them: the OpenAI shape, an HTTP status, and a sentence that says what to change.
+
+Invariant: only messages of our own exception tree leave the process; they carry no content. Anything else is
+"internal error" to the client and an exception type with code locations in the log. Event loop only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from appliance.errors import EngineDied, KvctlError, Overloaded, RequestError, StateError, UsageError
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_ENGINE_S = 2
+
+
+@dataclass(frozen=True)
+class ApiError:
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def to_json(self) -> bytes:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        return Response(self.to_json(), self.status, headers=dict(self.headers), media_type="application/json")
+
+
+def describe(error: Exception, request_id: str) -> ApiError:
+    """The API error of an exception. One that is not ours is logged without its message: that may hold content."""
+    if isinstance(error, RequestError):
+        headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
+        return ApiError(error.status, str(error), error.param, error.code, headers)
+    if isinstance(error, Overloaded):
+        retry = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        return ApiError(error.status, str(error), code="overloaded", headers=retry)
+    if isinstance(error, EngineDied):
+        message = "the engine process died and is being restarted; send the request again"
+        return ApiError(503, message, code="engine_restarting", headers={"retry-after": str(RETRY_AFTER_ENGINE_S)})
+    if isinstance(error, UsageError):
+        return ApiError(400, str(error))
+    if isinstance(error, StateError):
+        return ApiError(409, str(error))
+    if isinstance(error, KvctlError):
+        return ApiError(500, str(error))
+    if isinstance(error, HTTPException):
+        return _http(error)
+    frames = " < ".join(f"{f.filename}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)))
+    log.error("request %s: %s at %s", request_id, type(error).__name__, frames)
+    return ApiError(500, f"internal error; the log has more under request id {request_id}", code="internal_error")
+
+
+def _http(error: HTTPException) -> ApiError:
+    messages = {
+        404: "there is nothing at this path; the OpenAI API is under /v1",
+        405: "this path does not take that method",
+    }
+    return ApiError(error.status_code, messages.get(error.status_code, str(error.detail)), headers=error.headers or {})
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    return describe(error, request.state.request_id).response()
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(KvctlError, _handle)
+    app.add_exception_handler(HTTPException, _handle)

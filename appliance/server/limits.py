@@ -1,0 +1,80 @@
+"""A validated API request against the one model served: its id, its vocabulary, its context.
+
+Invariant: what passes here can be run; the numbers of what cannot are in the message. Pure functions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from appliance.api.openai import GenerationRequest
+from appliance.errors import RequestError
+from appliance.server.base import ServedModel
+from appliance.types import Namespace, SamplingParams, Tokens
+
+SEEDS = 2**32 - 1
+"""Seeds below this; the last 32-bit value means "random" to the engine."""
+
+
+def check_model(name: str | None, model: ServedModel) -> None:
+    if name is not None and name != model.id:
+        raise RequestError(
+            f'this model is not served here; ask for "{model.id}"', param="model", code="model_not_found", status=404
+        )
+
+
+def check_vocabulary(tokens: Tokens, model: ServedModel, param: str) -> None:
+    if len(tokens) and int(np.frombuffer(tokens.data, dtype="<u4").max()) >= model.vocab_tokens:
+        raise RequestError(
+            f"{param}: token ids should lie between 0 and {model.vocab_tokens - 1}",
+            param=param,
+            code="invalid_token_id",
+        )
+
+
+def namespace(call: GenerationRequest, tenant: str) -> Namespace:
+    return Namespace(tenant, salt=(call.cache_salt or "").encode())
+
+
+def completion_tokens(call: GenerationRequest, prompt_tokens: int, model: ServedModel, param: str) -> int:
+    """Most tokens to generate: what was asked for, else what fits, up to the default."""
+    context = model.context_tokens
+    asked = call.token_limit
+    if asked is not None and not 1 <= asked <= context:
+        raise RequestError(f"max_tokens should lie between 1 and {context}", param="max_tokens", code="invalid_value")
+    if prompt_tokens == 0:
+        raise RequestError(f"{param}: the prompt is empty", param=param, code="invalid_value")
+    if prompt_tokens + (asked or 1) > context:
+        wanted = f"{prompt_tokens} prompt tokens" + (f" and {asked} max_tokens" if asked else "")
+        raise RequestError(
+            f"the context holds {context} tokens, but {wanted} were asked for; shorten the prompt or lower max_tokens",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return asked or min(model.default_max_tokens, context - prompt_tokens)
+
+
+def sampling(call: GenerationRequest, max_tokens: int, model: ServedModel, choice: int) -> SamplingParams:
+    """Parameters of one of n choices: each has a seed of its own."""
+    if any(token >= model.vocab_tokens for token, _ in call.logit_bias):
+        highest = model.vocab_tokens - 1
+        raise RequestError(f"logit_bias: token ids should lie between 0 and {highest}", param="logit_bias")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(call.temperature, 1.0),
+        top_p=_or(call.top_p, 1.0),
+        top_k=max(0, call.top_k or 0),
+        min_p=_or(call.min_p, 0.0),
+        repeat_penalty=_or(call.repeat_penalty, 1.0),
+        frequency_penalty=_or(call.frequency_penalty, 0.0),
+        presence_penalty=_or(call.presence_penalty, 0.0),
+        seed=None if call.seed is None or call.seed == -1 else (call.seed + choice) % SEEDS,
+        stop=call.stop,
+        logit_bias=call.logit_bias,
+        logprobs=call.wanted_logprobs,
+        ignore_eos=bool(call.ignore_eos),
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

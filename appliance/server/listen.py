@@ -1,0 +1,188 @@
+"""Sockets and web servers: the public app on TCP, the admin app on a unix socket of mode 0600, one event loop.
+
+Invariant: whoever connects to the admin socket is this user or root, or is refused before a request is read. A socket
+file is removed only when nobody answers on it. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from appliance.errors import AlreadyRunning, StateError
+from appliance.server.errors import ApiError
+
+BACKLOG = 512
+KEEP_ALIVE_S = 60
+ADMIN_GRACE_S = 2
+UNIX_PATH_BYTES = 107
+_PEER = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    public: socket.socket
+    admin: socket.socket
+    admin_path: Path
+    base_url: str
+    """What clients are configured with, /v1 included."""
+
+
+def bind(host: str, port: int, admin_path: Path) -> Bound:
+    """Both sockets; who connects waits until a Listener starts. StateError names what is in the way; AlreadyRunning names the pid."""
+    admin = _bind_unix(admin_path)
+    try:
+        public = _bind_tcp(host, port)
+    except BaseException:
+        admin.close()
+        admin_path.unlink()
+        raise
+    name = f"[{host}]" if ":" in host else host
+    return Bound(public, admin, admin_path, f"http://{name}:{public.getsockname()[1]}/v1")
+
+
+def _bind_tcp(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise StateError(
+            f'"{host}" is not an address of this machine; set server.host to one, e.g. 127.0.0.1'
+        ) from None
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise StateError(f"port {port} on {host} is in use; choose another with --port") from None
+        raise StateError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from None
+    return sock
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > UNIX_PATH_BYTES:
+        raise StateError(
+            f"{path} is too long for a unix socket ({UNIX_PATH_BYTES} bytes at most); use a shorter --home"
+        )
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise StateError(f"cannot make the admin socket {path}: {os.strerror(error.errno or 0)}") from None
+    finally:
+        os.umask(mask)
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise StateError(f"{path} is in the way of the admin socket; move it")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        pid, _ = peer(probe)
+    raise AlreadyRunning(f"another appliance (pid {pid}) answers on {path}", pid=pid)
+
+
+def peer(sock: Any) -> tuple[int, int]:
+    """(pid, uid) of the process at the other end of a unix socket."""
+    pid, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return pid, uid
+
+
+class AdminProtocol(H11Protocol):
+    """HTTP for this user and root only."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        _, uid = peer(transport.get_extra_info("socket"))
+        if uid not in (0, os.geteuid()):
+            body = ApiError(403, "the admin socket is for the user that runs the appliance, and root").to_json()
+            head = f"HTTP/1.1 403 Forbidden\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+            transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Signals are the appliance's business; `ready` is set once it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+
+class Listener:
+    """Serves both apps on bound sockets from start() to stop()."""
+
+    def __init__(self, bound: Bound, public: ASGIApp, admin: ASGIApp) -> None:
+        self._bound = bound
+        self._public = _server(public, H11Protocol)
+        self._admin = _server(admin, AdminProtocol)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Returns when both accept connections."""
+        for server, sock in ((self._public, self._bound.public), (self._admin, self._bound.admin)):
+            self._tasks.append(asyncio.create_task(server.serve([sock])))
+            await server.ready.wait()
+
+    async def stop(self, drain_s: float) -> None:
+        """Stop accepting, let responses finish for up to drain_s, cancel the rest. The admin socket goes last."""
+        for server, task, grace_s in zip(
+            (self._public, self._admin), self._tasks, (drain_s, ADMIN_GRACE_S), strict=True
+        ):
+            server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # seconds, whole or not
+            server.should_exit = True
+            await task
+        self._bound.admin_path.unlink(missing_ok=True)
+
+
+def _server(app: ASGIApp, protocol: type[H11Protocol]) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+    )
