@@ -13,6 +13,7 @@ from pathlib import Path
 import tomli_w
 
 from appliance.config import Profile, ServerSection, load_profile
+from appliance.errors import StateError
 from appliance.security.files import exclusive, write_private
 from appliance.security.keyring import UNLOCK_KEY_NAME, Keyring, create_key_file
 
@@ -36,7 +37,15 @@ def key_file(home: Path, profile: Profile) -> Path:
 
 
 def init(home: Path, profile_name: str = "default") -> InitResult:
+    """Create what is missing in `home`. StateError or KeyringError if something is in the way."""
     profile = load_profile(profile_name)
+    try:
+        return _complete(home, profile)
+    except OSError as error:
+        raise StateError(f"cannot prepare {home}: {error.filename or home}: {error.strerror}") from None
+
+
+def _complete(home: Path, profile: Profile) -> InitResult:
     unlock, client = key_file(home, profile), home / CLIENT_NAME
     created: list[str] = []
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
