@@ -103,8 +103,12 @@ def read_header(buf: Buffer) -> Header:
     if (version, algorithm, flags) != (_VERSION, _XAES_256_GCM, 0) or raw[_HEADER.size :] != _ZEROS_BEFORE_CRC:
         raise IntegrityError("record is of another format version", reason="version")
     header = Header(dek_id, nonce, slot_tag, payload, seq, total, meta, frames, raw)
-    sane = 1 <= frames <= MAX_FRAMES and meta <= _sealed_meta_bytes(MAX_BLOCK_TOKENS, frames)
-    if not sane or total != header.head_bytes + _aligned(payload + frames * TAG_BYTES):
+    meta_fits = _sealed_meta_bytes(1, frames) <= meta <= _sealed_meta_bytes(MAX_BLOCK_TOKENS, frames)
+    if (
+        not 1 <= frames <= MAX_FRAMES
+        or not meta_fits
+        or total != header.head_bytes + _aligned(payload + frames * TAG_BYTES)
+    ):
         raise IntegrityError("record lengths do not agree", reason="length")
     return header
 
@@ -208,7 +212,7 @@ class Sealer:
         end = HEADER_BYTES + header.meta_bytes
         if len(buf) < header.head_bytes or not _is_zero(buf[end : header.head_bytes]):
             raise IntegrityError("record head is torn", reason="torn")
-        plain = bytearray(max(0, header.meta_bytes - TAG_BYTES))
+        plain = bytearray(header.meta_bytes - TAG_BYTES)
         subkey.open_into(_suffix(header.nonce, 0), buf[HEADER_BYTES:end], self._meta_aad(header.raw), memoryview(plain))
         return _unpack_meta(bytes(plain), self.tenant, header)
 
@@ -295,8 +299,6 @@ def _pack_meta(identity: RecordIdentity, frame_bytes: Sequence[int]) -> bytes:
 
 def _unpack_meta(plain: bytes, tenant: str, header: Header) -> RecordMeta:
     """Fields of a verified meta frame; still checked, since they size what follows."""
-    if len(plain) < _META.size:
-        raise IntegrityError("record meta frame is too short", reason="length")
     model, layout, block, parent, start, n_tokens, frames, ns_bytes, ns = _META.unpack_from(plain)
     if len(plain) != _sealed_meta_bytes(n_tokens, frames) - TAG_BYTES or frames != header.frames:
         raise IntegrityError("record meta frame has another length than it says", reason="length")
