@@ -87,8 +87,7 @@ def head_bytes(n_tokens: int, frames: int) -> int:
 
 def record_bytes(layout: BlockLayout, n_tokens: int) -> int:
     """Bytes a block of n_tokens takes on the medium."""
-    frame_bytes = layout.frames(n_tokens)
-    return _record_bytes(n_tokens, frame_bytes)
+    return _record_bytes(n_tokens, layout.frames(n_tokens))
 
 
 def read_header(buf: Buffer) -> Header:
@@ -103,12 +102,10 @@ def read_header(buf: Buffer) -> Header:
     if (version, algorithm, flags) != (_VERSION, _XAES_256_GCM, 0) or raw[_HEADER.size :] != _ZEROS_BEFORE_CRC:
         raise IntegrityError("record is of another format version", reason="version")
     header = Header(dek_id, nonce, slot_tag, payload, seq, total, meta, frames, raw)
+    frames_fit = 1 <= frames <= MAX_FRAMES
     meta_fits = _sealed_meta_bytes(1, frames) <= meta <= _sealed_meta_bytes(MAX_BLOCK_TOKENS, frames)
-    if (
-        not 1 <= frames <= MAX_FRAMES
-        or not meta_fits
-        or total != header.head_bytes + _aligned(payload + frames * TAG_BYTES)
-    ):
+    data_bytes = _aligned(payload + frames * TAG_BYTES)
+    if not (frames_fit and meta_fits and total == header.head_bytes + data_bytes):
         raise IntegrityError("record lengths do not agree", reason="length")
     return header
 
