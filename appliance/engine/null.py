@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,8 @@ def _mix(values: U64) -> U64:
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def _powers(base: int, count: int) -> U64:
@@ -73,10 +74,12 @@ class _Codec:
         self._out[0] = (1 - rest) * pow(int(self._in[0]), -1, _WORD) % _WORD  # so that out . in == 1
 
     def rows(self, states: U64) -> U64:
-        return states[:, None] * self._out
+        rows: U64 = states[:, None] * self._out
+        return rows
 
     def states(self, rows: U64) -> U64:
-        return cast(U64, (rows * self._in).sum(axis=1, dtype=np.uint64))
+        states: U64 = (rows * self._in).sum(axis=1, dtype=np.uint64)
+        return states
 
 
 class _Sequence:
@@ -132,7 +135,7 @@ class NullEngine(Engine):
         for message in messages:
             role, content = message.get("role"), message.get("content")
             if f"<|{role}|>" not in SPECIALS[2:] or not isinstance(content, str):
-                raise RequestError("a message has a role of system, user, assistant or tool, and text", param="messages")
+                raise RequestError("a message is text by system, user, assistant or tool", param="messages")
             ids += [_SPECIAL_IDS[f"<|{role}|>"], *content.encode("utf-8", "replace"), END]
         return [*ids, _SPECIAL_IDS["<|assistant|>"]]
 
@@ -169,7 +172,7 @@ class NullEngine(Engine):
         sequence.digest = (sequence.digest + int((states * places).sum(dtype=np.uint64))) % _WORD
         sequence.digested = stop
         noise = _mix(np.arange(VOCAB_TOKENS, dtype=np.uint64) ^ np.uint64(sequence.digest))
-        logits = (_mix(noise) >> np.uint64(40)).astype(np.float32) * np.float32(8 / 2**24)  # in [0, 8)
+        logits: Logits = (noise >> np.uint64(40)).astype(np.float32) * np.float32(8 / 2**24)  # in [0, 8)
         logits[: _PRINTABLE.start] -= 50
         logits[_PRINTABLE.stop :] -= 50
         if last_token == END_TRIGGER:
@@ -179,7 +182,7 @@ class NullEngine(Engine):
     def logits(self, row: int) -> memoryview:
         logits = self._logits[row]
         assert logits is not None, "the row did not ask for logits"
-        return memoryview(logits)
+        return logits.data
 
     def new_sampler(self, params: SamplingParams, prompt: Tokens) -> Sampler:
         if any(not 0 <= token < VOCAB_TOKENS for token, _ in params.logit_bias):
@@ -254,7 +257,7 @@ class NullEngine(Engine):
 
     def _allocate(self, n: int) -> npt.NDArray[np.int64]:
         self._n_free -= n
-        cells = self._free[self._n_free : self._n_free + n][::-1].copy()
+        cells: npt.NDArray[np.int64] = self._free[self._n_free : self._n_free + n][::-1].copy()
         self._holders[cells] = 1
         return cells
 

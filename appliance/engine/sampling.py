@@ -42,7 +42,7 @@ class Chain:
         if params.ignore_eos:
             scores[self._end_token] = -np.inf
         for token in self._seen:
-            scores[token] = scores[token] / params.repeat_penalty if scores[token] > 0 else scores[token] * params.repeat_penalty
+            scores[token] *= 1 / params.repeat_penalty if scores[token] > 0 else params.repeat_penalty
         for token, count in self._generated.items():
             scores[token] -= params.presence_penalty + params.frequency_penalty * count
         return scores

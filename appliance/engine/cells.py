@@ -1,0 +1,125 @@
+"""The engine's cells and their books, changed together.
+
+Invariant: what residency says is in cells is in the engine's cells, sequence by sequence. Threading: compute thread; each
+method holds the lock while books and cells differ, which is never as long as a decode.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from appliance.engine.base import Engine, KVMode
+from appliance.engine.request import Request
+from appliance.engine.residency import Residency, Sequence
+
+
+class Cells:
+    def __init__(self, engine: Engine, lock: threading.RLock) -> None:
+        self._engine = engine
+        self._lock = lock
+        self.scratch = engine.info.max_sequences - 1
+        """A sequence id outside the books, empty between calls."""
+        self.residency = Residency(engine.info.context_tokens, self.scratch)
+        self.shares = engine.info.kv_mode is not KVMode.NONE
+        """Whether a sequence can take over a prefix of another."""
+        self.evictions = 0
+
+    def admit(self, request: Request, outstanding: int) -> bool:
+        """Give the request a sequence, its pinned prefix, and room for the rest beside `outstanding` claims.
+
+        False, and nothing changed, if that cannot be done by evicting released sequences.
+        """
+        with self._lock:
+            books, pin = self.residency, request.pin
+            pinned = pin.tokens if pin else 0
+            if books.cells - books.held_cells() - outstanding < request.cells - pinned:
+                return False
+            if not books.free_ids:
+                oldest = books.oldest_unpinned()
+                if oldest is None:
+                    return False
+                self._forget(oldest)
+                self.evictions += 1
+            sequence = books.open(request.ns, request.prompt)
+            if pin and pinned:
+                self._engine.link(pin.sequence.id, sequence.id, 0, pinned)
+                books.link(pin.sequence, sequence, pinned)
+            self.unpin(request)
+            request.sequence = sequence
+            self.make_room(request.cells - pinned + outstanding)
+            return True
+
+    def adopt(self, request: Request) -> None:
+        """Share what others have computed or restored of this prompt meanwhile, all but its last token.
+
+        The last one is decoded for its logits, also if it is in cells already.
+        """
+        sequence, last = request.sequence, len(request.prompt) - 1
+        assert sequence, "only admitted requests adopt"
+        with self._lock:
+            if sequence.length > last:
+                self.truncate(sequence, last)
+            if not self.shares:
+                return
+            source, resident = self.residency.lookup(request.ns, request.prompt, beyond=sequence.length)
+            resident = min(resident, last)
+            if source and resident > sequence.length:
+                self._engine.drop(sequence.id)
+                self._engine.link(source.id, sequence.id, 0, resident)
+                self.residency.relink(source, sequence, resident)
+
+    def extend(self, sequence: Sequence, tokens: int, generated: bytes = b"") -> None:
+        """The engine has put `tokens` more positions into cells."""
+        with self._lock:
+            self.residency.extend(sequence, tokens, generated)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        with self._lock:
+            self._engine.drop(sequence.id, length)
+            self.residency.truncate(sequence, length)
+
+    def unpin(self, request: Request) -> None:
+        with self._lock:
+            if request.pin:
+                self.residency.unpin(request.pin)
+                request.pin = None
+
+    def release(self, sequence: Sequence) -> None:
+        """Keep the sequence for later prompts, unless that adds nothing."""
+        with self._lock:
+            if self.shares:
+                redundant = self.residency.release(sequence)
+            else:
+                self.residency.forget(sequence)
+                redundant = [sequence]
+            for each in redundant:
+                self._engine.drop(each.id)
+
+    def make_room(self, cells: int) -> None:
+        """Evict, least recently used first, until that many cells are free or nothing can go."""
+        with self._lock:
+            while self.residency.cells - self.residency.used < cells and self._evict_one():
+                self.evictions += 1
+
+    def evict_all(self) -> int:
+        """Drop every released sequence but for what is pinned; returns the cells freed."""
+        with self._lock:
+            before = self.residency.used
+            while self._evict_one():
+                pass
+            return before - self.residency.used
+
+    def _evict_one(self) -> bool:
+        victim = self.residency.victim()
+        if victim is None:
+            return False
+        sequence, keep = victim
+        if keep:
+            self.truncate(sequence, keep)
+        else:
+            self._forget(sequence)
+        return True
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._engine.drop(sequence.id)
+        self.residency.forget(sequence)

@@ -1,0 +1,168 @@
+"""KV between cells and slots, in slices short enough that decoding does not notice.
+
+Invariant: a restore that fails leaves its request with exactly what it had before; a restored block is linked to the
+request only when the engine has all of it. Threading: compute thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from appliance.engine.base import Engine
+from appliance.engine.cells import Cells
+from appliance.engine.request import Request
+from appliance.errors import EngineError, RestoreError
+
+SLICE_BLOCKS = 16
+
+SlotView = Callable[[int, int], memoryview]
+"""(slot, bytes) -> that many first bytes of the slot. EngineError if there is no such slot."""
+
+
+@dataclass(eq=False)
+class Restore:
+    request: Request
+    start: int
+    blocks: deque[tuple[int, int, int]]
+    """(slot, n_tokens, use_tokens), what is left to do."""
+    reply: Future[int]
+    before: int | None = None
+    """Tokens present when it began."""
+
+
+@dataclass(eq=False)
+class Export:
+    request: Request
+    blocks: deque[tuple[int, int, int]]
+    """(start, n_tokens, slot), what is left to do."""
+    reply: Future[None]
+
+
+@dataclass
+class Transfers:
+    engine: Engine
+    cells: Cells
+    slot: SlotView
+    restores: deque[Restore] = field(default_factory=deque)
+    exports: deque[Export] = field(default_factory=deque)
+
+    @property
+    def pending(self) -> bool:
+        """Some transfer can make progress now."""
+        return bool(self.exports) or any(job.request.sequence for job in self.restores)
+
+    def restoring(self, request: Request) -> bool:
+        return any(job.request is request for job in self.restores)
+
+    def cancel(self, request: Request, *, exports: bool) -> None:
+        """Answer the request's transfers with an error."""
+        for restore in [job for job in self.restores if job.request is request]:
+            self.restores.remove(restore)
+            restore.reply.set_exception(RestoreError("the request was cancelled"))
+        for export in [job for job in self.exports if exports and job.request is request]:
+            self.exports.remove(export)
+            export.reply.set_exception(EngineError("the request was released"))
+
+    def restore_slice(self) -> bool:
+        """One slice of the first restore whose request is admitted. False if there is none."""
+        job = next((job for job in self.restores if job.request.sequence), None)
+        if job is None:
+            return False
+        try:
+            self._restore(job)
+        except EngineError as error:
+            self._undo(job)
+            self.restores.remove(job)
+            job.reply.set_exception(RestoreError(str(error)))
+        return True
+
+    def _restore(self, job: Restore) -> None:
+        sequence = job.request.sequence
+        assert sequence
+        if job.before is None:
+            self._check(job, sequence.length)
+            job.before = sequence.length
+        while job.blocks and job.start + job.blocks[0][2] <= sequence.length:  # present already
+            job.start += job.blocks.popleft()[2]
+        blocks = [job.blocks.popleft() for _ in range(min(SLICE_BLOCKS, len(job.blocks)))]
+        if blocks:
+            began_s = time.monotonic()
+            stop = job.start + sum(use for _, _, use in blocks)
+            self._restore_blocks(sequence.id, sequence.length, job.start, stop, blocks)
+            self.cells.extend(sequence, stop - sequence.length)
+            job.start = stop
+            job.request.restore_s += time.monotonic() - began_s
+        if not job.blocks:
+            self.restores.remove(job)
+            job.reply.set_result(sequence.length)
+
+    def _check(self, job: Restore, present: int) -> None:
+        block_tokens = self.engine.info.layout.block_tokens
+        if not 0 <= job.start <= present:
+            raise RestoreError("the blocks do not continue what is present")
+        if job.start + sum(use for _, _, use in job.blocks) > len(job.request.prompt):
+            raise RestoreError("the blocks reach beyond the prompt")
+        for i, (_, n, use) in enumerate(job.blocks):
+            if not 0 < use <= n <= block_tokens or (use < n and i < len(job.blocks) - 1):
+                raise RestoreError("a block is used whole, or is the last and used in part")
+
+    def _restore_blocks(
+        self, seq: int, present: int, start: int, stop: int, blocks: Sequence[tuple[int, int, int]]
+    ) -> None:
+        payload_bytes = self.engine.info.layout.payload_bytes
+        views = [(n, use, self.slot(slot, payload_bytes(n))) for slot, n, use in blocks]
+        self.cells.make_room(sum(n for _, n, _ in blocks))
+        if start == present:
+            self.engine.restore(seq, start, views)
+            return
+        # The resident prefix ends inside the first block: restore beside it, then link what it lacks.
+        scratch = self.cells.scratch
+        try:
+            if start:
+                self.engine.link(seq, scratch, 0, start)
+            self.engine.restore(scratch, start, views)
+            self.engine.link(scratch, seq, present, stop)
+        finally:
+            self.engine.drop(scratch)
+
+    def _undo(self, job: Restore) -> None:
+        sequence = job.request.sequence
+        assert sequence
+        if job.before is not None and job.before < sequence.length:
+            self.cells.truncate(sequence, job.before)
+
+    def export_slice(self) -> bool:
+        """One run of consecutive blocks of the first export. False if there is none."""
+        if not self.exports:
+            return False
+        job = self.exports[0]
+        try:
+            self._export(job)
+        except EngineError as error:
+            self.exports.remove(job)
+            job.reply.set_exception(error)
+            return True
+        if not job.blocks:
+            self.exports.remove(job)
+            job.reply.set_result(None)
+        return True
+
+    def _export(self, job: Export) -> None:
+        sequence = job.request.sequence
+        if not job.blocks:
+            return
+        start = stop = job.blocks[0][0]
+        views: list[tuple[int, memoryview]] = []
+        while job.blocks and job.blocks[0][0] == stop and len(views) < SLICE_BLOCKS:
+            _, n, slot = job.blocks.popleft()
+            if not 0 < n <= self.engine.info.layout.block_tokens:
+                raise EngineError("no such block size")
+            views.append((n, self.slot(slot, self.engine.info.layout.payload_bytes(n))))
+            stop += n
+        if sequence is None or start < 0 or stop > sequence.length:
+            raise EngineError("the tokens to export are not in cells")
+        self.engine.export(sequence.id, start, views)
