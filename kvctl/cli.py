@@ -1,0 +1,118 @@
+"""The `kvctl` command: global options, the commands mounted, and how every failure ends.
+
+Invariant: importing this loads nothing heavy; a command imports what it needs when it runs. Main thread only.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from appliance import __version__
+from appliance.errors import KvctlError
+from kvctl.commands import chat, init, inspect, model, prefetch, serve, status, tenant, verify
+from kvctl.diagnostics import ExitCode, exit_code, mute, say
+from kvctl.options import Globals, Home, Json
+
+app = typer.Typer(
+    name="kvctl",
+    help="A confidential inference appliance on one box. What it read once, it never reads again.",
+    epilog="Data goes to stdout, talk to stderr. `kvctl exit-codes` lists the codes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globals(
+    ctx: typer.Context,
+    home: Home = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    settings: Globals = ctx.obj
+    settings.home = home
+    settings.debug = debug
+
+
+app.command()(init.init)
+app.add_typer(tenant.app, name="tenant")
+app.add_typer(model.app, name="model")
+app.command()(serve.serve)
+app.command()(status.status)
+app.command()(chat.chat)
+app.command()(inspect.inspect)
+app.command()(prefetch.prefetch)
+app.command()(verify.verify)
+
+
+@app.command("exit-codes")
+def exit_codes(as_json: Json = False) -> None:
+    """List the exit codes."""
+    from kvctl import output
+
+    if as_json:
+        output.print_json({code.name.lower(): code.value for code in ExitCode})
+    else:
+        rows = ((str(code.value), code.name.lower(), code.meaning) for code in ExitCode)
+        output.stdout().print(output.table([">code", "name", "meaning"], rows))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """One invocation; returns the exit code."""
+    settings = Globals()
+    try:
+        command = typer.main.get_command(app)
+        result = command.main(arguments, prog_name="kvctl", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else ExitCode.OK
+    except typer.TyperException as error:
+        return _usage(error)
+    except KvctlError as error:
+        if settings.debug:
+            raise
+        say(str(error))
+        return exit_code(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return ExitCode.INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            mute(sys.stdout.fileno())
+            return ExitCode.BROKEN_PIPE
+        if settings.debug:
+            raise
+        say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return ExitCode.FAILURE
+
+
+def _usage(error: typer.TyperException) -> int:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if not message:  # a group without a command has shown its help
+        return ExitCode.USAGE
+    path = context.command_path if context else "kvctl"
+    say(f"{message.rstrip('.')} (see {path} --help)")
+    return ExitCode.USAGE
+
+
+def main() -> None:
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""kvctl status: what runs, how fast, and how full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from kvctl import output
+from kvctl.options import Home, Json, locate
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from appliance.api.control import Status
+
+
+def status(ctx: typer.Context, home: Home = None, as_json: Json = False) -> None:
+    """Show the running appliance: model, speed, tiers, totals."""
+    from kvctl.client import AdminClient
+
+    with AdminClient(locate(ctx, home)) as admin:
+        found = admin.status()
+    if as_json:
+        output.print_json(found)
+        return
+    console = output.stdout()
+    for part in _parts(found):
+        console.print(part)
+
+
+def _parts(status: Status) -> Iterator[RenderableType]:
+    engine, totals = status.engine, status.totals
+    colour = "green" if status.state == "ready" else "yellow"
+    restarts = f", restarted {engine.restarts}x" if engine.restarts else ""
+    cached = sum(totals.cached_tokens.values())
+    by_tier = ", ".join(f"{tier} {output.count(n)}" for tier, n in totals.cached_tokens.items() if n)
+    failures = [
+        f"{output.count(n)} {what}"
+        for n, what in ((totals.integrity_failures, "records did not verify"), (totals.tier_failures, "tier failures"))
+        if n
+    ]
+    yield output.fields(
+        [
+            (
+                "state",
+                f"[{colour}]{status.state}[/] for {output.duration(status.uptime_s)}, pid {status.pid}, version {status.version}",
+            ),
+            ("address", status.base_url),
+            ("home", status.home),
+            ("model", f"{engine.model}  [dim]{engine.description}[/]"),
+            ("engine", f"{engine.engine}, pid {engine.pid or '-'}{restarts}"),
+            (
+                "context",
+                f"{output.count(engine.context_tokens)} tokens, {output.size(engine.kv_bytes_per_token)} each, KV {engine.kv_mode}",
+            ),
+            ("threads", f"{engine.threads} decode, {engine.batch_threads} prefill"),
+            ("measured", f"{engine.decode_step_ms:.1f} ms per token, {engine.prefill_tokens_per_s:,.0f} tok/s prefill"),
+            (
+                "memory",
+                f"weights {output.size(engine.weight_bytes)}, cells {output.size(engine.cell_bytes)}, the rest {output.size(status.rss_bytes)}",
+            ),
+            (
+                "requests",
+                f"{status.running} running, {status.waiting} waiting, {output.count(totals.requests)} since start",
+            ),
+            (
+                "tokens",
+                f"{output.count(totals.prompt_tokens)} prompt ({output.share(cached, totals.prompt_tokens)} cached"
+                f"{': ' + by_tier if by_tier else ''}), {output.count(totals.completion_tokens)} completion",
+            ),
+            *([("failures", f"[red]{', '.join(failures)}[/]")] if failures else []),
+        ]
+    )
+    yield ""
+    yield output.table(
+        ["tier", "state", ">used", ">of", ">full", ">blocks", ">tokens", ">pending"],
+        (
+            (
+                f"[{output.TIER_STYLE[tier.tier]}]{tier.tier}[/]",
+                tier.state if tier.state == "ok" else f"[yellow]{tier.state}[/]",
+                output.size(tier.used_bytes),
+                output.size(tier.capacity_bytes),
+                output.share(tier.used_bytes, tier.capacity_bytes),
+                output.count(tier.blocks),
+                output.count(tier.tokens),
+                output.count(tier.pending_blocks),
+            )
+            for tier in status.tiers
+        ),
+    )
+    yield from output.notes([*engine.notes, *(f"{tier.tier}: {note}" for tier in status.tiers for note in tier.notes)])
