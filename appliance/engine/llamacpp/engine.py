@@ -1,0 +1,211 @@
+"""The llama.cpp engine: one context with unified KV cells, through the C API.
+
+Invariant: a restore reaches a live sequence only after its state was accepted whole in a scratch sequence. The highest
+sequence ids are scratch, and not part of `info.max_sequences`. Threading: engine/base.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as ll
+from numpy.typing import NDArray
+
+from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row, Sampler
+from appliance.engine.llamacpp import native
+from appliance.engine.llamacpp.calibrate import calibrate
+from appliance.engine.llamacpp.identity import fingerprint
+from appliance.engine.llamacpp.sampling import ChainSampler
+from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, StatePort, probe
+from appliance.engine.llamacpp.text import Text
+from appliance.errors import EngineError
+from appliance.types import BlockLayout, SamplingParams, Tokens
+
+CALIBRATION_TOKENS = 64
+
+
+def create(config: EngineConfig, on_progress: Callable[[float], None]) -> LlamaCppEngine:
+    return LlamaCppEngine(config, on_progress)
+
+
+class LlamaCppEngine(Engine):
+    def __init__(self, config: EngineConfig, on_progress: Callable[[float], None]) -> None:
+        self._model = native.load_model(config, on_progress)
+        try:
+            self._context = native.new_context(self._model, config)
+        except EngineError:
+            ll.llama_model_free(self._model)
+            raise
+        self._memory = ll.llama_get_memory(self._context)
+        metadata = native.metadata(self._model)
+        self._text = Text(self._model, metadata)
+        self._batch = _Batch(config.batch_tokens)
+        self._threads = (config.threads or 1, config.batch_threads or 1)
+        self._batch_index: list[int] = []
+        first = min(64, self._text.vocab_tokens)
+        self._sample_tokens = Tokens.of(i % first for i in range(CALIBRATION_TOKENS))
+        mode, self._state, layout = probe(self._context, self._model, config.block_tokens, self._compute_sample)
+        self.info = self._describe(config, metadata, mode, layout)
+
+    def _describe(
+        self, config: EngineConfig, metadata: dict[str, str], mode: KVMode, layout: BlockLayout
+    ) -> EngineInfo:
+        prefill_tokens = min(CALIBRATION_TOKENS, config.batch_tokens)
+        speed = calibrate(
+            lambda n: self._timed_batch(1, n),
+            lambda n: self._timed_batch(prefill_tokens, n),
+            prefill_tokens,
+            config.threads,
+            config.batch_threads,
+        )
+        self._threads = (speed.threads, speed.batch_threads)
+        context_tokens = int(ll.llama_n_ctx(self._context))
+        train_tokens = int(ll.llama_model_n_ctx_train(self._model))
+        notes = []
+        if mode is KVMode.NONE:
+            notes.append("this model's state is one running summary, not KV per token: nothing can be kept below hbm")
+        if mode is KVMode.OPAQUE:
+            notes.append("this model's KV is not laid out in rows per token: blocks are restored one by one")
+        if not self._text.has_chat_template:
+            notes.append("the model brings no chat template: ChatML is used")
+        if context_tokens > train_tokens:
+            notes.append(f"one prompt should stay below the {train_tokens} tokens the model was trained for")
+        return EngineInfo(
+            engine=native.build(),
+            model_name=Path(config.model_path).stem,
+            description=native.description(self._model),
+            vocab_tokens=self._text.vocab_tokens,
+            train_context_tokens=train_tokens,
+            context_tokens=context_tokens,
+            max_sequences=config.max_sequences - SCRATCH_SEQUENCES,
+            kv_mode=mode,
+            layout=layout,
+            fingerprint=fingerprint(config, metadata, self._state.layout, mode, layout),
+            threads=speed.threads,
+            batch_threads=speed.batch_threads,
+            decode_step_s=speed.decode_step_s,
+            prefill_tokens_per_s=speed.prefill_tokens_per_s,
+            weight_bytes=int(ll.llama_model_size(self._model)),
+            cell_bytes=context_tokens * sum(layout.token_bytes),
+            has_chat_template=self._text.has_chat_template,
+            notes=tuple(notes),
+        )
+
+    # --- text ----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        return self._text.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        return self._text.render(messages, tools)
+
+    def piece(self, token: int) -> bytes:
+        return self._text.piece(token)
+
+    # --- compute -------------------------------------------------------------------------------------------------
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        threads, batch_threads = self._threads
+        if all(len(row.tokens) == 1 for row in rows):
+            batch_threads = threads  # llama.cpp takes the batch number for anything longer than one token
+        ll.llama_set_n_threads(self._context, threads, batch_threads)
+        batch, self._batch_index = self._batch.fill(rows)
+        code = ll.llama_decode(self._context, batch)
+        if code:
+            for row in rows:  # part of the batch may have been computed
+                self.drop(row.seq, row.start)
+            raise EngineError("no free KV cells" if code == 1 else f"llama.cpp could not compute a batch (code {code})")
+
+    def logits(self, row: int) -> memoryview:
+        return memoryview(self._logits(row))
+
+    def new_sampler(self, params: SamplingParams, prompt: Tokens) -> Sampler:
+        return ChainSampler(
+            self._context, params, prompt, self._text.end_tokens, self._logits, self._batch_index_of
+        )
+
+    # --- cells ---------------------------------------------------------------------------------------------------
+
+    def link(self, source: int, target: int, start: int, stop: int) -> None:
+        ll.llama_memory_seq_cp(self._memory, source, target, start, stop)
+
+    def drop(self, seq: int, start: int = 0) -> None:
+        if not ll.llama_memory_seq_rm(self._memory, seq, start, -1):
+            ll.llama_memory_seq_rm(self._memory, seq, 0, -1)  # a recurrent state cannot be cut, only forgotten
+
+    def export(self, seq: int, start: int, blocks: Sequence[tuple[int, memoryview]]) -> None:
+        self._state.export(seq, start, blocks)
+
+    def restore(self, seq: int, start: int, blocks: Sequence[tuple[int, int, memoryview]]) -> None:
+        self._state.restore(seq, start, blocks)
+
+    def close(self) -> None:
+        if self._context:
+            ll.llama_free(self._context)
+            ll.llama_model_free(self._model)
+            self._context = self._model = None
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _batch_index_of(self, row: int) -> int:
+        return self._batch_index[row]
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        pointer = ll.llama_get_logits_ith(self._context, self._batch_index[row])
+        if not pointer:
+            raise EngineError("this row has no logits")
+        return np.ctypeslib.as_array(pointer, shape=(self._text.vocab_tokens,))
+
+    def _compute_sample(self, seq: int, n_tokens: int) -> None:
+        self.decode([Row(seq, 0, self._sample_tokens[:n_tokens], True)])
+
+    def _timed_batch(self, n_tokens: int, threads: int) -> None:
+        self._threads = (threads, threads)
+        self._compute_sample(0, n_tokens)
+        ll.llama_synchronize(self._context)
+        ll.llama_memory_clear(self._memory, False)
+
+
+class _Batch:
+    """One llama_batch, allocated once: every token belongs to one sequence."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._token = np.zeros(size, np.int32)
+        self._pos = np.zeros(size, np.int32)
+        self._n_seq = np.ones(size, np.int32)
+        self._seq = np.zeros(size, np.int32)
+        self._seq_ref = self._seq.ctypes.data + np.arange(size, dtype=np.uintp) * self._seq.itemsize
+        self._logits = np.zeros(size, np.int8)
+        self._batch = ll.llama_batch(
+            token=_pointer(self._token, ctypes.c_int32),
+            pos=_pointer(self._pos, ctypes.c_int32),
+            n_seq_id=_pointer(self._n_seq, ctypes.c_int32),
+            seq_id=_pointer(self._seq_ref, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._logits, ctypes.c_int8),
+        )
+
+    def fill(self, rows: Sequence[Row]) -> tuple[Any, list[int]]:
+        """The batch, and the index of each row's last token in it."""
+        at = 0
+        last = []
+        for row in rows:
+            stop = at + len(row.tokens)
+            assert at < stop <= self._size
+            self._token[at:stop] = np.frombuffer(row.tokens.data, "<u4")
+            self._pos[at:stop] = np.arange(row.start, row.start + stop - at)
+            self._seq[at:stop] = row.seq
+            self._logits[at:stop] = 0
+            self._logits[stop - 1] = row.want_logits
+            last.append(stop - 1)
+            at = stop
+        self._batch.n_tokens = at
+        return self._batch, last
+
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
