@@ -145,21 +145,11 @@ class Sealer:
         total = _record_bytes(len(identity.tokens), frame_bytes)
         assert total <= MAX_RECORD_BYTES
         assert 1 <= len(frame_bytes) <= MAX_FRAMES
+        assert len(out) >= total
         nonce = self._random_bytes(NONCE_BYTES)
-        raw = _HEADER.pack(
-            _MAGIC,
-            _VERSION,
-            _XAES_256_GCM,
-            0,
-            self.data_key_id,
-            nonce,
-            self.slot_tag(identity.block),
-            len(payload),
-            seq,
-            total,
-            len(meta) + TAG_BYTES,
-            len(frame_bytes),
-        )
+        tag, meta_bytes, frames = self.slot_tag(identity.block), len(meta) + TAG_BYTES, len(frame_bytes)
+        kind = (_MAGIC, _VERSION, _XAES_256_GCM, 0)
+        raw = _HEADER.pack(*kind, self.data_key_id, nonce, tag, len(payload), seq, total, meta_bytes, frames)
         raw += _ZEROS_BEFORE_CRC
         out[:HEADER_BYTES] = raw + _U32.pack(google_crc32c.value(raw))
         subkey = self._xaes.subkey(nonce[:12])
@@ -168,7 +158,7 @@ class Sealer:
         wipe(out[end:position])
         read = 0
         for index, n in enumerate(frame_bytes, start=1):
-            aad = self._frame_aad(identity, raw, len(payload), index, len(frame_bytes))
+            aad = self._frame_aad(identity, raw, len(payload), index, frames)
             position += subkey.seal_into(_suffix(nonce, index), payload[read : read + n], aad, out[position:])
             read += n
         wipe(out[position:total])
@@ -236,20 +226,10 @@ class Sealer:
         return length_prefixed(_LABEL, self._store_uuid, self.tenant.encode(), self.data_key_id, _U32.pack(0), raw)
 
     def _frame_aad(self, identity: RecordIdentity, raw: bytes, payload_bytes: int, index: int, frames: int) -> bytes:
-        return length_prefixed(
-            _LABEL,
-            self._store_uuid,
-            identity.tenant.encode(),
-            identity.ns.encode(),
-            self.data_key_id,
-            identity.block,
-            identity.fingerprint.model,
-            identity.fingerprint.layout,
-            _U64.pack(payload_bytes),
-            _U32.pack(index),
-            _U32.pack(frames),
-            raw,
-        )
+        who = (identity.tenant.encode(), identity.ns.encode(), self.data_key_id, identity.block)
+        shape = (_U64.pack(payload_bytes), _U32.pack(index), _U32.pack(frames))
+        fingerprint = identity.fingerprint
+        return length_prefixed(_LABEL, self._store_uuid, *who, fingerprint.model, fingerprint.layout, *shape, raw)
 
 
 def _aligned(nbytes: int) -> int:
@@ -280,17 +260,8 @@ def _pack_meta(identity: RecordIdentity, frame_bytes: Sequence[int]) -> bytes:
     n_tokens = len(identity.tokens)
     assert len(ns) <= MAX_NS_BYTES
     assert 1 <= n_tokens <= MAX_BLOCK_TOKENS
-    fixed = _META.pack(
-        identity.fingerprint.model,
-        identity.fingerprint.layout,
-        identity.block,
-        identity.parent,
-        identity.start,
-        n_tokens,
-        len(frame_bytes),
-        len(ns),
-        ns,
-    )
+    names = (identity.fingerprint.model, identity.fingerprint.layout, identity.block, identity.parent)
+    fixed = _META.pack(*names, identity.start, n_tokens, len(frame_bytes), len(ns), ns)
     return fixed + b"".join(map(_U64.pack, frame_bytes)) + identity.tokens.data
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,13 +46,13 @@ class Keyring:
 
     @classmethod
     def exists(cls, home: Path) -> bool:
-        return any((home / name).exists() for name in COPIES)
+        return any(os.path.exists(home / name) for name in COPIES)
 
     @classmethod
     def create(cls, home: Path, key_file: Path) -> Keyring:
         """A new keyring without tenants. StateError if there is one."""
         unlock_key = _read_key(key_file)
-        with exclusive(home / _LOCK):
+        with _locked(home, "create"):
             if cls.exists(home):
                 raise StateError(f"{home} has a keyring already")
             state = new_state(unlock_key)
@@ -64,7 +64,7 @@ class Keyring:
         """The newer good copy. KeyringError says what is wrong: key, file mode, damage."""
         if not cls.exists(home):
             raise NotInitialised(f"{home} has no keyring; run: kvctl init")
-        with exclusive(home / _LOCK):
+        with _locked(home, "open"):
             state = _load(home, key_file)
         return cls(home, key_file, state)
 
@@ -114,7 +114,7 @@ class Keyring:
 
     def _add_api_key(self, tenant: str, prepare: Callable[[Body], Body]) -> str:
         api_key = API_KEY_PREFIX + base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
-        with exclusive(self._home / _LOCK):
+        with _locked(self._home, "change"):
             old = _load(self._home, self._key_file)
             body = prepare(old.body).with_api_key(old.pepper, tenant, api_key)
             new = replace(old, version=old.version + 1, body=body)
@@ -126,6 +126,16 @@ class Keyring:
 def create_key_file(path: Path) -> None:
     """A new random unlock key. Whoever holds it can open everything; without it nothing can be opened."""
     write_private(path, os.urandom(KEY_BYTES))
+
+
+@contextmanager
+def _locked(home: Path, action: str) -> Iterator[None]:
+    """One process and thread at a time; what the file system refuses becomes one line."""
+    try:
+        with exclusive(home / _LOCK):
+            yield
+    except OSError as error:
+        raise KeyringError(f"cannot {action} the keyring in {home}: {error.strerror}") from None
 
 
 def _read_key(path: Path) -> bytes:
@@ -149,17 +159,22 @@ def _load(home: Path, key_file: Path) -> State:
     unlock_key = _read_key(key_file)
     good: dict[str, State] = {}
     wrong_key = False
+    unreadable: OSError | None = None
     for name in COPIES:
         try:
             good[name] = decode(read_private(home / name, _MAX_FILE_BYTES), unlock_key)
-        except OSError:
-            continue  # missing or unreadable: as good as damaged
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            unreadable = error
         except WrongKey:
             wrong_key = True
         except IntegrityError as error:
             if error.reason == "version":  # a newer build's copy is not ours to replace
                 raise KeyringError(f"{home / name}: {error}") from None
     if not good:
+        if unreadable:
+            raise unreadable
         if wrong_key:
             raise KeyringError(f"wrong key: {key_file} does not unlock the keyring in {home}")
         names = " and ".join(str(home / name) for name in COPIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import google_crc32c
@@ -246,6 +247,20 @@ def test_an_expected_shape_that_differs_is_refused() -> None:
         with pytest.raises(IntegrityError) as caught:
             sealer().open_record(memoryview(seal()), IDENTITY, frames, slot)
         assert caught.value.reason == reason
+
+
+def test_one_sealer_serves_many_threads() -> None:
+    by = sealer()
+
+    def work(first: int) -> None:
+        for i in range(first, first + 100):
+            identity = replace(IDENTITY, block=BlockId(i.to_bytes(32, "big")), start=i)
+            slot = bytearray(len(PAYLOAD))
+            by.open_record(memoryview(seal(identity, by=by)), identity, FRAMES, memoryview(slot))
+            assert slot == PAYLOAD
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(0, 400, 100)))
 
 
 # --- superblock ------------------------------------------------------------------------------------------------
