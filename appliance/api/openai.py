@@ -22,16 +22,6 @@ MAX_STOP_CHARS = 1_000
 MAX_BIASES = 1_024
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("should be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("contains half of a surrogate pair; send whole Unicode characters") from None
-    return value
-
-
 def _token_ids(value: list[Any]) -> Tokens:
     if set(map(type, value)) - {int}:
         raise ValueError("token ids should be whole numbers")
@@ -44,13 +34,13 @@ def _token_ids(value: list[Any]) -> Tokens:
 def _prompts(value: object) -> tuple[str | Tokens, ...]:
     """One prompt or several, each text or token ids; ids become Tokens here, once."""
     if isinstance(value, str):
-        return (_text(value),)
+        return (value,)
     if isinstance(value, list) and value:
         kinds = set(map(type, value))
         if kinds == {int}:
             return (_token_ids(value),)
         if kinds == {str}:
-            return tuple(map(_text, value))
+            return tuple(value)
         if kinds == {list}:
             return tuple(map(_token_ids, value))
     raise ValueError("should be a string, a list of strings, a list of token ids or a list of such lists; not empty")
@@ -61,8 +51,8 @@ def _stops(value: object) -> tuple[str, ...]:
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
         raise ValueError(f"should be a string or a list of at most {MAX_STOPS} strings")
     for stop in stops:
-        if not 1 <= len(_text(stop)) <= MAX_STOP_CHARS:
-            raise ValueError(f"each stop string should have 1 to {MAX_STOP_CHARS} characters")
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise ValueError(f"each stop should be a string of 1 to {MAX_STOP_CHARS} characters")
     return tuple(stops)
 
 
@@ -89,7 +79,9 @@ def _joined_parts(value: object) -> object:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError('only parts of type "text" are supported by this model; leave images, audio and files out')
-        texts.append(_text(part.get("text")))
+        if not isinstance(part.get("text"), str):
+            raise ValueError('the "text" of a part should be a string')
+        texts.append(part["text"])
     return "".join(texts)
 
 
@@ -245,11 +237,23 @@ class LlamaTimings(Body):
     predicted_per_second: float | None
 
 
+class DecisionTaken(Body):
+    """Load or recompute, for one prompt: what was chosen, why, and what the choices were estimated to cost."""
+
+    reason: str
+    load_to_tokens: int
+    estimated_ms: float
+    recompute_ms: float
+
+
 class Explanation(Body):
     """The `kvctl` object: where the prompt's KV came from and where the time went."""
 
     tokens: dict[str, int]
+    """By tier; "computed" is what no tier had."""
     timings_ms: dict[str, float]
+    decisions: list[DecisionTaken]
+    """One per prompt."""
 
 
 class Alternative(Body):

@@ -6,12 +6,16 @@ Invariant: every public route but /health needs an API key; admin routes exist o
 from __future__ import annotations
 
 from fastapi import Depends, FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from appliance.server import admin_routes, errors, llama_routes, openai_routes
 from appliance.server.auth import require_key
 from appliance.server.base import Admin, Service
 from appliance.server.edge import Edge
 from appliance.server.metrics import Metrics
+
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI would export exception messages and connect to collectors that environment variables name."""
 
 
 def public_app(service: Service) -> FastAPI:
@@ -33,7 +37,7 @@ def admin_app(service: Service, admin: Admin) -> FastAPI:
 
 
 def _app(metrics: Metrics) -> FastAPI:
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY)
     errors.install(app)
     app.add_middleware(Edge, metrics=metrics)
     return app

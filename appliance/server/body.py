@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ READ_TIMEOUT_S = 60.0
 DISCARD_BYTES = 64 * 2**20
 """A client that only reads its answer after it has sent its body is listened to for so many bytes."""
 DISCARD_TIMEOUT_S = 5.0
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that may be half of a pair."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -65,11 +69,18 @@ async def _discard(request: Request) -> None:
 
 
 def parse(model: type[ModelT], body: bytes) -> ModelT:
-    """`model` from strict JSON: UTF-8, no duplicate keys, no NaN or Infinity."""
+    """`model` from strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, no half of a surrogate pair."""
     try:
-        tree = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        text = body.decode()
+        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if _SURROGATE.search(text):
+            json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise RequestError("the body is not UTF-8", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise RequestError(
+            "a string holds half of a surrogate pair; send whole characters", code="invalid_json"
+        ) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply", code="invalid_json") from None
     except json.JSONDecodeError as error:

@@ -6,12 +6,14 @@ Event loop only.
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from appliance.errors import Overloaded
 from appliance.server.errors import describe
 from appliance.server.metrics import Metrics
 
@@ -40,6 +42,12 @@ class Edge:
             await self._app(scope, receive, tagged)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:  # the drain is over: the task ends here, with an answer if there was none
+            if not started:
+                stopped = Overloaded(
+                    "the appliance is stopping: this request was not finished", retry_after_s=10, status=503
+                )
+                await describe(stopped, request_id).response()(scope, receive, tagged)
         except Exception as error:  # noqa: BLE001  the last resort: describe() logs it without content
             problem = describe(error, request_id)
             if not started:

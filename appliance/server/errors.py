@@ -24,6 +24,7 @@ from appliance.errors import EngineDied, KvctlError, Overloaded, RequestError, S
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_ENGINE_S = 2
+LOGGED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def describe(error: Exception, request_id: str) -> ApiError:
         return ApiError(500, str(error))
     if isinstance(error, HTTPException):
         return _http(error)
-    frames = " < ".join(f"{f.filename}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)))
+    frames = " < ".join(
+        f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[: -LOGGED_FRAMES - 1 : -1]
+    )
     log.error("request %s: %s at %s", request_id, type(error).__name__, frames)
     return ApiError(500, f"internal error; the log has more under request id {request_id}", code="internal_error")
 

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
-from appliance.api.openai import Explanation, LlamaTimings, PromptTokensDetails, Usage
+from appliance.api.openai import DecisionTaken, Explanation, LlamaTimings, PromptTokensDetails, Usage
 from appliance.errors import Overloaded
 from appliance.runtime import Chunk, Finished, GenerateRequest, Runtime
 from appliance.server.metrics import Metrics
@@ -151,7 +151,18 @@ class Tally:
         return Explanation(
             tokens={name: sum(getattr(f.sources, name) for f in self._leaders) for name in sources},
             timings_ms={name: max(getattr(f.timings, f"{name}_ms") for f in self._leaders) for name in times},
+            decisions=[_decision(finished) for finished in self._leaders],
         )
+
+
+def _decision(finished: Finished) -> DecisionTaken:
+    decision = finished.decision
+    return DecisionTaken(
+        reason=decision.reason,
+        load_to_tokens=decision.load_to,
+        estimated_ms=1000 * decision.chosen.total_s,
+        recompute_ms=1000 * decision.recompute.total_s,
+    )
 
 
 def _ratio(amount: float, per: float) -> float | None:

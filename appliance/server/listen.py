@@ -182,6 +182,7 @@ def _server(app: ASGIApp, protocol: type[H11Protocol]) -> _Server:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
         )

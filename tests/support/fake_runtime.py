@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from appliance.api.control import (
@@ -26,6 +27,7 @@ from appliance.api.control import (
     VerifyRequest,
 )
 from appliance.errors import StateError
+from appliance.plan.planner import Alternative, Decision
 from appliance.runtime import Chunk, Finished, GenerateRequest, Timings
 from appliance.server.base import Admin, ServedModel, Service
 from appliance.server.metrics import Metrics, Snapshot
@@ -51,6 +53,7 @@ class FakeRuntime:
     """Answers COMPLETION, one token a chunk; with a seed, the seed follows.
 
     `error` is raised after `error_after` chunks. `hold_after` chunks are sent before generation waits for ever.
+    `interfere` is awaited before every event.
     """
 
     def __init__(self) -> None:
@@ -58,11 +61,13 @@ class FakeRuntime:
         self.messages: list[Sequence[dict[str, Any]]] = []
         self.closed: list[str] = []
         self.begun = asyncio.Event()
+        self.ended = asyncio.Event()
         self.error: Exception | None = None
         self.error_after = 0
         self.hold_after: int | None = None
         self.reason: FinishReason | None = None
         self.completion = COMPLETION
+        self.interfere: Callable[[], Awaitable[object]] = partial(asyncio.sleep, 0)
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> Tokens:
         return Tokens.of([1] * add_special + [min(ord(c), HALF_A_CHARACTER) for c in text])
@@ -93,8 +98,10 @@ class FakeRuntime:
                 sent,
                 self._sources(len(request.prompt), first),
                 Timings(queue_ms=1.0, load_ms=2.0, prompt_ms=10.0, predicted_ms=20.0, ttft_ms=11.0),
+                Decision(8, "load", Alternative(8, 0.002, 0.008), Alternative(0, 0.0, 0.5)),
             )
         finally:
+            self.ended.set()
             if not ended:
                 self.closed.append(request.request_id)
 
@@ -103,7 +110,7 @@ class FakeRuntime:
             raise self.error
         if n == self.hold_after:
             await asyncio.Event().wait()
-        await asyncio.sleep(0)
+        await self.interfere()
 
     def _chunk(self, character: str, logprobs: int | None) -> Chunk:
         token = ord(character)
@@ -190,7 +197,15 @@ class FakeAdmin(Admin):
                     raise StateError("the store went away")
                 yield VerifyProgress(records_done=n, records_total=2)
             report = VerifyReport(
-                segments=1, records=2, bytes_read=8, ok=2, bad={}, index_missing=0, index_dangling=0, repaired=0, seconds=0.1
+                segments=1,
+                records=2,
+                bytes_read=8,
+                ok=2,
+                bad={},
+                index_missing=0,
+                index_dangling=0,
+                repaired=0,
+                seconds=0.1,
             )
             yield VerifyProgress(records_done=2, records_total=2, report=report)
         finally:
