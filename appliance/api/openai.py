@@ -1,14 +1,13 @@
-"""The OpenAI API as this appliance speaks it: requests checked field by field, responses as its clients expect them.
+"""Requests of the OpenAI API, checked field by field. `answers.py` has the responses.
 
 Requests are strict about the type and range of every field they know and ignore the fields they do not, as clients send
 many. What is known but cannot be honoured is refused, never silently dropped. Validators never put a value into a
-message: prompts are content. In responses a field is sent when it was set: null is a value, absence another.
-Immutable values; any thread.
+message: prompts are content. Immutable values; any thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
@@ -22,9 +21,9 @@ MAX_STOP_CHARS = 1_000
 MAX_BIASES = 1_024
 
 
-def _token_ids(value: list[Any]) -> Tokens:
-    if set(map(type, value)) - {int}:
-        raise ValueError("token ids should be whole numbers")
+def _token_ids(value: object) -> Tokens:
+    if not isinstance(value, list) or set(map(type, value)) - {int}:
+        raise ValueError("should be a list of token ids")
     try:
         return Tokens.of(value)
     except OverflowError:
@@ -98,6 +97,8 @@ def _only(*allowed: object, hint: str) -> AfterValidator:
 
 NoTools = Annotated[Any, _only([], hint="leave tools out and describe what you need in a message")]
 
+NoGrammar = Annotated[Any, _only(hint="leave it out and describe the form you need in a message")]
+
 
 class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
@@ -117,7 +118,7 @@ class StreamOptions(Request):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Request):
+class GenerationRequest(Request, ABC):
     """What both generation endpoints share. null means the default, everywhere."""
 
     model: str | None = None
@@ -145,15 +146,18 @@ class GenerationRequest(Request):
         Any, _only({"type": "text"}, hint='leave response_format out or send {"type": "text"}')
     ] = None
 
+    grammar: NoGrammar = None
+    json_schema: NoGrammar = None
+
     @property
     def token_limit(self) -> int | None:
         """Completion tokens the caller asked for."""
         return self.max_tokens
 
     @property
+    @abstractmethod
     def wanted_logprobs(self) -> int | None:
         """Most likely tokens to report besides the chosen one; None for no log-probabilities."""
-        raise NotImplementedError
 
 
 class ChatRequest(GenerationRequest):
@@ -194,143 +198,4 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: Annotated[Tokens, PlainValidator(lambda value: _token_ids(_list(value)))]
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("should be a list of token ids")
-    return value
-
-
-class Body(BaseModel):
-    """A response, or a part of one."""
-
-    model_config = ConfigDict(frozen=True)
-
-    def to_json(self) -> bytes:
-        return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
-
-
-class PromptTokensDetails(Body):
-    cached_tokens: int
-
-
-class Usage(Body):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class LlamaTimings(Body):
-    """As llama-server reports them: cache_n + prompt_n is the prompt; rates are null when nothing was computed."""
-
-    cache_n: int
-    prompt_n: int
-    prompt_ms: float
-    prompt_per_token_ms: float | None
-    prompt_per_second: float | None
-    predicted_n: int
-    predicted_ms: float
-    predicted_per_token_ms: float | None
-    predicted_per_second: float | None
-
-
-class DecisionTaken(Body):
-    """Load or recompute, for one prompt: what was chosen, why, and what the choices were estimated to cost."""
-
-    reason: str
-    load_to_tokens: int
-    estimated_ms: float
-    recompute_ms: float
-
-
-class Explanation(Body):
-    """The `kvctl` object: where the prompt's KV came from and where the time went."""
-
-    tokens: dict[str, int]
-    """By tier; "computed" is what no tier had."""
-    timings_ms: dict[str, float]
-    decisions: list[DecisionTaken]
-    """One per prompt."""
-
-
-class Alternative(Body):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ScoredToken(Alternative):
-    top_logprobs: list[Alternative]
-
-
-class ChatLogprobs(Body):
-    content: list[ScoredToken]
-    refusal: None = None
-
-
-class TextLogprobs(Body):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class ChatMessage(Body):
-    """Also a delta, with only the fields that are new."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChoice(Body):
-    index: int
-    message: ChatMessage | None = None
-    delta: ChatMessage | None = None
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-
-
-class TextChoice(Body):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: str | None
-
-
-class Answer(Body):
-    """A whole response or one chunk of a stream, for both endpoints."""
-
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: Sequence[ChatChoice | TextChoice]
-    usage: Usage | None = None
-    timings: LlamaTimings | None = None
-    kvctl: Explanation | None = None
-
-
-class Model(Body):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-    """Tokens of prompt and completion together (vLLM's name)."""
-
-
-class ModelList(Body):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class TokenList(Body):
-    tokens: list[int]
-
-
-class Content(Body):
-    content: str
+    tokens: Annotated[Tokens, PlainValidator(_token_ids)]

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
-from appliance.api.openai import DecisionTaken, Explanation, LlamaTimings, PromptTokensDetails, Usage
+from appliance.api.answers import DecisionTaken, Explanation, LlamaTimings, PromptTokensDetails, Usage
 from appliance.errors import Overloaded
 from appliance.runtime import Chunk, Finished, GenerateRequest, Runtime
 from appliance.server.metrics import Metrics

@@ -29,6 +29,7 @@ BACKLOG = 512
 KEEP_ALIVE_S = 60
 ADMIN_GRACE_S = 2
 UNIX_PATH_BYTES = 107
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _PEER = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 
@@ -51,8 +52,13 @@ def bind(host: str, port: int, admin_path: Path) -> Bound:
         admin.close()
         admin_path.unlink()
         raise
-    name = f"[{host}]" if ":" in host else host
-    return Bound(public, admin, admin_path, f"http://{name}:{public.getsockname()[1]}/v1")
+    return Bound(public, admin, admin_path, local_url(host, public.getsockname()[1]))
+
+
+def local_url(host: str, port: int) -> str:
+    """How a client on this box reaches the public app."""
+    host = WILDCARDS.get(host, host)
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:
@@ -106,6 +112,8 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
+        except OSError as error:
+            raise StateError(f"{path} does not answer: {os.strerror(error.errno or 0)}") from None
         pid, _ = peer(probe)
     raise AlreadyRunning(f"another appliance (pid {pid}) answers on {path}", pid=pid)
 

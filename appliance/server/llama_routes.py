@@ -11,7 +11,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from appliance.api.openai import Content, DetokenizeRequest, TokenizeRequest, TokenList
+from appliance.api.answers import Content, TokenList
+from appliance.api.openai import DetokenizeRequest, TokenizeRequest
 from appliance.errors import Overloaded
 from appliance.server import limits
 from appliance.server.base import Service

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from appliance.api.openai import Alternative, ScoredToken, TextLogprobs
+from appliance.api.answers import Alternative, ScoredToken, TextLogprobs
 from appliance.runtime import Chunk, Runtime
 from appliance.types import TokenLogprob, Tokens
 

@@ -15,15 +15,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from appliance.api.openai import (
-    MAX_CHOICES,
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    Model,
-    ModelList,
-)
+from appliance.api.answers import Body, Model, ModelList
+from appliance.api.openai import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
 from appliance.errors import RequestError
 from appliance.runtime import Chunk, GenerateRequest
 from appliance.server import limits

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from appliance.api.openai import Answer, ChatChoice, ChatLogprobs, ChatMessage, ScoredToken, TextChoice
+from appliance.api.answers import Answer, ChatChoice, ChatLogprobs, ChatMessage, ScoredToken, TextChoice
 from appliance.server.base import ServedModel
 from appliance.server.logprobs import text_logprobs
 

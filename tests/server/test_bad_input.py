@@ -103,6 +103,8 @@ BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("functions", CHAT, chat(functions=[{"name": "f"}]), "functions"),
     ("tool_choice", CHAT, chat(tool_choice="auto"), "tool_choice"),
     ("json response_format", CHAT, chat(response_format={"type": "json_object"}), "response_format"),
+    ("grammar", CHAT, chat(grammar="root ::= [0-9]"), "grammar"),
+    ("json_schema", TEXT, text(json_schema={}), "json_schema"),
     ("audio", CHAT, chat(modalities=["text", "audio"]), "modalities"),
     ("short cache_salt", CHAT, chat(cache_salt="a" * 31), "cache_salt"),
     ("long cache_salt", CHAT, chat(cache_salt="a" * 129), "cache_salt"),

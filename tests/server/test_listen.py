@@ -77,6 +77,19 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "kvctl.sock").exists()
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:7/v1"),
+        ("::1", "http://[::1]:7/v1"),
+        ("0.0.0.0", "http://127.0.0.1:7/v1"),
+        ("::", "http://[::1]:7/v1"),
+    ],
+)
+def test_the_base_url_is_one_a_client_here_can_use(host: str, url: str) -> None:
+    assert listen.local_url(host, 7) == url
+
+
 def test_a_live_admin_socket_is_kept_and_its_pid_named(tmp_path: Path) -> None:
     path = tmp_path / "kvctl.sock"
     bound = listen.bind("127.0.0.1", 0, path)

@@ -53,6 +53,15 @@ async def test_text_chunks(client: httpx.AsyncClient) -> None:
     assert last["choices"][0]["finish_reason"] == "length"
 
 
+async def test_an_empty_completion_still_opens_and_ends(client: httpx.AsyncClient, runtime: FakeRuntime) -> None:
+    runtime.completion = ""
+    first, last, _ = await stream(client)
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert last["choices"][0]["finish_reason"] == "stop"
+    (only, _) = await stream(client, prompt="hi")
+    assert only["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]
+
+
 async def test_usage_comes_last_when_asked_for(client: httpx.AsyncClient) -> None:
     headers = {"x-kvctl-explain": "1"}
     *_, last, closing, done = await stream(client, headers, stream_options={"include_usage": True})
