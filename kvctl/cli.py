@@ -73,14 +73,17 @@ def exit_codes(as_json: Json = False) -> None:
         output.stdout().print(output.table([">code", "name", "meaning"], rows))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str]) -> int:
     """One invocation; returns the exit code."""
     settings = Globals()
     try:
         command = typer.main.get_command(app)
-        result = command.main(arguments, prog_name="kvctl", standalone_mode=False, obj=settings)
+        with command.make_context("kvctl", list(arguments), obj=settings) as context:
+            command.invoke(context)
         sys.stdout.flush()
-        return result if isinstance(result, int) else ExitCode.OK
+        return ExitCode.OK
+    except typer.Exit as end:
+        return end.exit_code
     except typer.TyperException as error:
         return _usage(error)
     except KvctlError as error:
@@ -111,7 +114,7 @@ def _usage(error: typer.TyperException) -> int:
 
 
 def main() -> None:
-    sys.exit(run())
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

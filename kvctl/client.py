@@ -7,6 +7,7 @@ to do; nothing of httpx escapes. Main thread only. Imported by commands when the
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from appliance.api import control
 from appliance.config import admin_socket, client_file
-from appliance.errors import KeyringError, NotInitialised, NotRunning, Overloaded, RequestError
+from appliance.errors import KeyringError, NotInitialised, NotRunning, Overloaded, RequestError, UsageError
 from kvctl.diagnostics import ApiError
 
 CONNECT_S = 5.0
@@ -101,10 +102,11 @@ class AdminClient:
     """One method per operation of appliance/api/control.py. NotRunning or NotInitialised if nobody answers."""
 
     def __init__(self, home: Path) -> None:
+        _knock(home)
         transport = httpx.HTTPTransport(uds=str(admin_socket(home)))
         timeout = httpx.Timeout(ADMIN_S, connect=CONNECT_S)
         client = httpx.Client(transport=transport, base_url="http://appliance", timeout=timeout)
-        self._http = _Http(client, lambda: absent(home))
+        self._http = _Http(client, lambda: _absent(home))
 
     def __enter__(self) -> AdminClient:
         return self
@@ -145,7 +147,18 @@ class AdminClient:
                 yield _parse(model, _or_error(_json(line)))
 
 
-def absent(home: Path) -> Exception:
+def _knock(home: Path) -> None:
+    """Raises if nobody listens. Not left to httpx, which leaks the socket of a failed connect."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(admin_socket(home)))
+        except PermissionError:
+            raise UsageError(f"{home} belongs to another user; run kvctl as the user who runs the appliance") from None
+        except OSError:
+            raise _absent(home) from None
+
+
+def _absent(home: Path) -> Exception:
     """Why nobody answers on this home, and what to type."""
     if not client_file(home).exists():
         return NotInitialised(f"{home} is not initialised; run: kvctl init")
