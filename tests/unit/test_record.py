@@ -39,10 +39,14 @@ STORE = b"store-uuid-16byt"
 
 
 def sealer(
-    tenant: str = "acme", data_key_id: bytes = b"d" * 16, data_key: bytes = b"k" * 32, store_uuid: bytes = STORE
+    tenant: str = "acme",
+    data_key_id: bytes = b"d" * 16,
+    data_key: bytes = b"k" * 32,
+    locate_key: bytes = b"o" * 32,
+    store_uuid: bytes = STORE,
 ) -> Sealer:
     return Sealer(
-        store_uuid=store_uuid, tenant=tenant, data_key_id=data_key_id, data_key=data_key, locate_key=b"o" * 32
+        store_uuid=store_uuid, tenant=tenant, data_key_id=data_key_id, data_key=data_key, locate_key=locate_key
     )
 
 
@@ -235,6 +239,10 @@ def test_other_keys_and_stores_open_nothing(by: Sealer, reason: str) -> None:
     with pytest.raises(IntegrityError) as caught:
         by.open_meta(bytes(record))
     assert caught.value.reason == reason
+
+
+def test_a_slot_tag_of_another_locate_key_is_refused() -> None:
+    assert refused(seal(), by=sealer(locate_key=b"O" * 32)) == "identity"
 
 
 def test_another_tenant_with_the_same_key_opens_nothing() -> None:
