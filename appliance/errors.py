@@ -4,6 +4,7 @@ KvctlError
 ├── UsageError            the caller asked for something impossible: say what to change
 │   ├── ConfigError       a profile or flag is wrong
 │   ├── ModelError        a model file is missing, damaged or unsupported
+│   │   └── ModelDownloadError  it cannot be had from the hub: no network, no such file, extra not installed
 │   └── RequestError      an API request is wrong (4xx); carries param and code for the OpenAI error shape
 ├── StateError            the home is not in the state this needs
 │   ├── NotInitialised    no keyring yet: run `kvctl init`
@@ -35,6 +36,9 @@ class ConfigError(UsageError): ...
 
 
 class ModelError(UsageError): ...
+
+
+class ModelDownloadError(ModelError): ...
 
 
 class RequestError(UsageError):
