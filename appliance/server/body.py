@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -39,20 +39,21 @@ async def read_request(request: Request, model: type[ModelT], limit_bytes: int) 
 
 async def _read(request: Request, limit_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
-    total = 0
-    pieces: list[bytes] = []
+    stream = request.stream()
     if not (declared.isdigit() and int(declared) > limit_bytes):
-        async for piece in request.stream():
+        total = 0
+        pieces: list[bytes] = []
+        async for piece in stream:
             total += len(piece)
             if total > limit_bytes:
+                pieces.clear()
                 break
             pieces.append(piece)
         else:
             return b"".join(pieces)
-    pieces.clear()
     if request.headers.get("expect", "").lower() != "100-continue":
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(request), DISCARD_TIMEOUT_S)
+            await asyncio.wait_for(_discard(stream), DISCARD_TIMEOUT_S)
     raise RequestError(
         f"the body is larger than {limit_bytes} bytes, the most this appliance accepts (server.max_body)",
         code="request_too_large",
@@ -60,9 +61,9 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
     )
 
 
-async def _discard(request: Request) -> None:
+async def _discard(stream: AsyncIterator[bytes]) -> None:
     left = DISCARD_BYTES
-    async for piece in request.stream():
+    async for piece in stream:
         left -= len(piece)
         if left <= 0:
             return

@@ -128,11 +128,10 @@ class Tally:
 
     def timings(self) -> LlamaTimings:
         """Choices run side by side: counts add up, times are those of the slowest."""
-        prompt_n, prompt_ms = (
-            sum(f.sources.computed for f in self._leaders),
-            max(f.timings.prompt_ms for f in self._leaders),
-        )
-        predicted_n, predicted_ms = self._completion_tokens, max(f.timings.predicted_ms for f in self.finished.values())
+        prompt_n = sum(f.sources.computed for f in self._leaders)
+        prompt_ms = max(f.timings.prompt_ms for f in self._leaders)
+        predicted_n = self._completion_tokens
+        predicted_ms = max(f.timings.predicted_ms for f in self.finished.values())
         return LlamaTimings(
             cache_n=sum(f.sources.cached for f in self._leaders),
             prompt_n=prompt_n,

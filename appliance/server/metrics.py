@@ -23,7 +23,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TPOT_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 
-_COUNTER = re.compile(r'^(?P<name>[a-z_]+?)(?:_total)?(?:\{(?P<labels>[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*)\})?$')
+_COUNTER = re.compile(
+    r'^(?P<name>[a-z][a-z0-9_]*?)(?:_total)?(?:\{(?P<labels>[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*)\})?$'
+)
 _LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 
 

@@ -58,6 +58,12 @@ def test_admin_routes_are_not_public() -> None:
     assert {path for path in admin if "admin" not in path} == {"/metrics", "/health"}
 
 
+def test_the_environment_cannot_turn_telemetry_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    settings = public_app(service(FakeRuntime()))._telemetry
+    assert not any(settings[name] for name in ("tracing", "metrics", "logs", "auto_configure"))
+
+
 @pytest.mark.parametrize(("state", "status"), [("ready", 200), ("draining", 503), ("engine-restarting", 503)])
 async def test_health_needs_no_key_and_tells_the_state(runtime: FakeRuntime, state: str, status: int) -> None:
     transport = httpx.ASGITransport(public_app(service(runtime, state=state)))
@@ -131,6 +137,15 @@ async def test_an_endless_chunked_body_ends_in_413_unbuffered(client: httpx.Asyn
     response = await client.post("/v1/chat/completions", content=flood)
     assert response.status_code == 413
     assert flood.taken_bytes <= DISCARD_BYTES + 4 * 2**20
+
+
+async def test_a_chunked_body_whose_last_piece_is_too_much(client: httpx.AsyncClient) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b" " * 2**20
+        yield b" "
+
+    response = await client.post("/v1/chat/completions", content=pieces())
+    assert response.status_code == 413
 
 
 async def test_a_declared_body_is_refused_unread_when_the_client_waits(runtime: FakeRuntime) -> None:

@@ -1,0 +1,54 @@
+"""Whatever JSON comes in, the answer is 200 or a 4xx in the OpenAI shape: never a 5xx."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.api.openai import ChatRequest, CompletionRequest
+from appliance.server.app import public_app
+from tests.support.fake_runtime import FakeRuntime, service
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([-1, 0, 1, 2**31, 2**63, 10**40])
+LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(["\ud800", "user", "text", "none"])
+ANY = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": ANY}), max_size=3
+)
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi"},
+}
+FIELDS = {
+    "/v1/chat/completions": sorted(ChatRequest.model_fields),
+    "/v1/completions": sorted(CompletionRequest.model_fields),
+}
+
+
+@st.composite
+def bodies(draw: st.DrawFn, path: str) -> dict[str, Any]:
+    changed = draw(st.dictionaries(st.sampled_from(FIELDS[path]), ANY, max_size=3))
+    if "messages" in changed:
+        changed["messages"] = draw(MESSAGES | ANY)
+    return {**VALID[path], **changed}
+
+
+@pytest.mark.parametrize("path", sorted(FIELDS))
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+async def test_never_a_server_error(path: str, data: st.DataObject) -> None:
+    body = json.dumps(data.draw(bodies(path)))
+    transport = httpx.ASGITransport(public_app(service(FakeRuntime())))
+    headers = {"authorization": "Bearer key-of-alice"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://a", headers=headers) as client:
+        response = await client.post(path, content=body)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
