@@ -38,6 +38,13 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def plain(text: object) -> str:
+    """A value from outside, shown as it is: its brackets are no markup."""
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Columns named with a leading ">" are right-aligned."""
     from rich.table import Table

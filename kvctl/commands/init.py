@@ -28,11 +28,11 @@ def init(ctx: typer.Context, profile: ProfileName = "default", home: Home = None
         )
         return
     pairs = [
-        ("home", str(result.home)),
+        ("home", output.plain(result.home)),
         ("made now", ", ".join(result.created) or "nothing: all was there"),
         ("tenant", result.tenant),
-        ("unlock key", f"{result.key_file}  (keep a copy elsewhere: without it the store is noise)"),
-        ("API key", f"in {result.client_file}"),
+        ("unlock key", f"{output.plain(result.key_file)}  (keep a copy elsewhere: without it the store is noise)"),
+        ("API key", f"in {output.plain(result.client_file)}"),
     ]
     output.stdout().print(output.fields(pairs))
     output.stderr().print(

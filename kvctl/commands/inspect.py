@@ -55,7 +55,7 @@ def _print_store(store: StoreOverview) -> None:
     console.print(
         output.fields(
             [
-                ("model", f"{store.model}, KV {store.kv_mode}"),
+                ("model", f"{output.plain(store.model)}, KV {store.kv_mode}"),
                 (
                     "block",
                     f"{output.count(store.block_tokens)} tokens, {output.size(store.block_tokens * store.kv_bytes_per_token)}",

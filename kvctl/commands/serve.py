@@ -60,7 +60,7 @@ def serve(
     if synth and model:
         raise UsageError("--model and --synth exclude each other")
     chosen = None if synth else model or settings.model.path or None
-    if not synth and chosen is None:
+    if chosen is None and not synth and settings.engine.kind != "null":
         raise UsageError(NO_MODEL)
 
     from appliance.build import ServeOptions
@@ -95,7 +95,7 @@ class StartReport:
             self._stop_spinner()
             self._console.print(_panel(event))
         else:
-            self._progress(event.text, event.fraction)
+            self._progress(output.plain(event.text), event.fraction)
 
     def _progress(self, text: str, fraction: float | None) -> None:
         if not self._console.is_terminal:
@@ -121,9 +121,9 @@ def _panel(ready: StartReady) -> RenderableType:
     from rich.panel import Panel
 
     call = [
-        ("address", f"[bold]{ready.base_url}[/]"),
-        ("API key", f"in {ready.client_file}"),
-        ("model", f"[bold]{ready.model}[/]  [dim]{ready.description}[/]"),
+        ("address", f"[bold]{output.plain(ready.base_url)}[/]"),
+        ("API key", f"in {output.plain(ready.client_file)}"),
+        ("model", f"[bold]{output.plain(ready.model)}[/]  [dim]{output.plain(ready.description)}[/]"),
         ("context", f"{output.count(ready.context_tokens)} tokens"),
     ]
     tiers = output.table(

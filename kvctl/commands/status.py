@@ -47,9 +47,9 @@ def _parts(status: Status) -> Iterator[RenderableType]:
                 "state",
                 f"[{colour}]{status.state}[/] for {output.duration(status.uptime_s)}, pid {status.pid}, version {status.version}",
             ),
-            ("address", status.base_url),
-            ("home", status.home),
-            ("model", f"{engine.model}  [dim]{engine.description}[/]"),
+            ("address", output.plain(status.base_url)),
+            ("home", output.plain(status.home)),
+            ("model", f"{output.plain(engine.model)}  [dim]{output.plain(engine.description)}[/]"),
             ("engine", f"{engine.engine}, pid {engine.pid or '-'}{restarts}"),
             (
                 "context",

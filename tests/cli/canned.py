@@ -8,8 +8,24 @@ from appliance.api import control
 
 TIERS: list[dict[str, Any]] = [
     {"tier": "hbm", "state": "ok", "capacity_bytes": 201326592, "used_bytes": 100663296, "blocks": 32, "tokens": 8192},
-    {"tier": "dram", "state": "ok", "capacity_bytes": 2**30, "used_bytes": 2**29, "blocks": 160, "tokens": 40960, "pending_blocks": 3},
-    {"tier": "nvme", "state": "degraded", "capacity_bytes": 2**34, "used_bytes": 2**30, "blocks": 310, "tokens": 79360, "notes": ["EIO"]},
+    {
+        "tier": "dram",
+        "state": "ok",
+        "capacity_bytes": 2**30,
+        "used_bytes": 2**29,
+        "blocks": 160,
+        "tokens": 40960,
+        "pending_blocks": 3,
+    },
+    {
+        "tier": "nvme",
+        "state": "degraded",
+        "capacity_bytes": 2**34,
+        "used_bytes": 2**30,
+        "blocks": 310,
+        "tokens": 79360,
+        "notes": ["EIO"],
+    },
 ]
 
 STATUS = control.Status(
@@ -27,7 +43,7 @@ STATUS = control.Status(
         pid=4243,
         restarts=1,
         model="qwen2.5-0.5b-q8_0",
-        description="qwen2 0.5B Q8_0",
+        description="qwen2 0.5B Q8_0 [/x]",
         kv_mode="rows",
         context_tokens=16384,
         threads=1,
@@ -59,7 +75,14 @@ STORE = control.StoreOverview(
     tiers=[
         control.TierStore(tier="hbm", state="ok", blocks=32, tokens=8192, used_bytes=2**26, capacity_bytes=2**27),
         control.TierStore(
-            tier="nvme", state="ok", blocks=310, tokens=79360, used_bytes=2**30, capacity_bytes=2**34, oldest_s=90000, newest_s=2.5
+            tier="nvme",
+            state="ok",
+            blocks=310,
+            tokens=79360,
+            used_bytes=2**30,
+            capacity_bytes=2**34,
+            oldest_s=90000,
+            newest_s=2.5,
         ),
     ],
     notes=[],
@@ -93,13 +116,24 @@ def prefetched(**changed: Any) -> dict[str, Any]:
 
 def report(**changed: Any) -> control.VerifyReport:
     clean = control.VerifyReport(
-        segments=2, records=10, bytes_read=2**25, ok=10, bad={}, index_missing=0, index_dangling=0, repaired=0, seconds=0.5
+        segments=2,
+        records=10,
+        bytes_read=2**25,
+        ok=10,
+        bad={},
+        index_missing=0,
+        index_dangling=0,
+        repaired=0,
+        seconds=0.5,
     )
     return clean.model_copy(update=changed)
 
 
 def verified(found: control.VerifyReport) -> list[dict[str, Any]]:
-    steps = [control.VerifyProgress(records_done=4, records_total=10), control.VerifyProgress(records_done=10, records_total=10, report=found)]
+    steps = [
+        control.VerifyProgress(records_done=4, records_total=10),
+        control.VerifyProgress(records_done=10, records_total=10, report=found),
+    ]
     return [step.model_dump() for step in steps]
 
 
@@ -110,7 +144,12 @@ CHAT_CHUNKS: list[dict[str, Any]] = [
     {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
     {
         "choices": [],
-        "usage": {"prompt_tokens": 1200, "completion_tokens": 2, "total_tokens": 1202, "prompt_tokens_details": {"cached_tokens": 1024}},
+        "usage": {
+            "prompt_tokens": 1200,
+            "completion_tokens": 2,
+            "total_tokens": 1202,
+            "prompt_tokens_details": {"cached_tokens": 1024},
+        },
         "kvctl": {"tokens": {"nvme": 1024, "computed": 176}, "timings_ms": {"load": 12.5}},
     },
 ]

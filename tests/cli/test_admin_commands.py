@@ -13,7 +13,9 @@ from tests.cli import canned
 from tests.cli.conftest import Kvctl
 from tests.support.fake_appliance import FakeAppliance
 
-ERROR = {"error": {"message": "the tenant is not known", "type": "invalid_request_error", "param": "tenant", "code": None}}
+ERROR = {
+    "error": {"message": "the tenant is not known", "type": "invalid_request_error", "param": "tenant", "code": None}
+}
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_status_shows_model_speed_tiers_and_what_to_know(kvctl: Kvctl, appliance
     assert result.code == ExitCode.OK
     for part in (
         "ready for 3m 12s, pid 4242",
-        "qwen2.5-0.5b-q8_0",
+        "qwen2.5-0.5b-q8_0  qwen2 0.5B Q8_0 [/x]",
         "restarted 1x",
         "16,384 tokens, 12 KiB each",
         "1 decode, 2 prefill",
@@ -103,7 +105,13 @@ def test_messages_are_a_list_or_an_object_with_one(kvctl: Kvctl, appliance: Fake
 )
 @pytest.mark.parametrize("command", ["inspect", "prefetch"])
 def test_a_file_that_is_no_prompt(
-    kvctl: Kvctl, appliance: FakeAppliance, tmp_path: Path, command: str, name: str, content: bytes | None, complaint: str
+    kvctl: Kvctl,
+    appliance: FakeAppliance,
+    tmp_path: Path,
+    command: str,
+    name: str,
+    content: bytes | None,
+    complaint: str,
 ) -> None:
     file = tmp_path / "p"
     if content is not None:
@@ -140,7 +148,9 @@ def test_prefetch_reports_what_was_where_and_what_moved(kvctl: Kvctl, appliance:
         [canned.prefetched(done=False), {"error": {"message": "no free cells", "type": "server_error"}}],
     ],
 )
-def test_a_prefetch_that_fails_says_why(kvctl: Kvctl, appliance: FakeAppliance, prompt: Path, lines: list[dict[str, object]]) -> None:
+def test_a_prefetch_that_fails_says_why(
+    kvctl: Kvctl, appliance: FakeAppliance, prompt: Path, lines: list[dict[str, object]]
+) -> None:
     appliance.replies["POST /v1/admin/prefetch"] = (200, lines)
     result = kvctl("prefetch", "--prompt-file", str(prompt))
     assert result.code == ExitCode.API

@@ -45,7 +45,9 @@ def test_help_fits_a_small_terminal_and_goes_to_stdout(kvctl: Kvctl) -> None:
     assert result.code == ExitCode.OK
     assert result.err == ""
     assert len(result.out.splitlines()) <= 24
-    assert not any(line.startswith("  ") and line.endswith("...") for line in result.out.splitlines()), "a summary was cut"
+    assert not any(line.startswith("  ") and line.endswith("...") for line in result.out.splitlines()), (
+        "a summary was cut"
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,9 @@ def test_home_before_or_after_the_command(kvctl: Kvctl, tmp_path: Path) -> None:
         result = kvctl(*typed)
         assert result.code == ExitCode.NOT_INITIALISED
         assert result.complaint == f"{tmp_path / 'x'} is not initialised; run: kvctl init"
-    assert str(tmp_path / "y") in kvctl("--home", str(tmp_path / "x"), "status", "--home", str(tmp_path / "y")).complaint
+    assert (
+        str(tmp_path / "y") in kvctl("--home", str(tmp_path / "x"), "status", "--home", str(tmp_path / "y")).complaint
+    )
 
 
 def test_ctrl_c_is_quiet(kvctl: Kvctl, monkeypatch: pytest.MonkeyPatch) -> None:
