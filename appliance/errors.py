@@ -11,7 +11,6 @@ KvctlError
 │   ├── AlreadyRunning    another appliance owns this home; carries its pid
 │   ├── NotRunning        no appliance answers on this home
 │   └── KeyringError      the keyring cannot be opened (wrong key, damaged, loose file mode)
-├── DownloadError         a model could not be fetched
 ├── Overloaded            queue or drain: 429/503 with retry_after_s
 ├── EngineError           the engine refused or died
 │   ├── EngineDied        the engine process is gone; in-flight requests fail with 503
@@ -67,9 +66,6 @@ class NotRunning(StateError): ...
 
 
 class KeyringError(StateError): ...
-
-
-class DownloadError(KvctlError): ...
 
 
 class Overloaded(KvctlError):

@@ -12,11 +12,11 @@ from enum import IntEnum
 from appliance.errors import (
     AlreadyRunning,
     ConfigError,
-    DownloadError,
     EngineError,
     IntegrityError,
     KeyringError,
     KvctlError,
+    ModelDownloadError,
     ModelError,
     NotInitialised,
     NotRunning,
@@ -69,6 +69,7 @@ class ApiError(KvctlError):
 
 
 _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (  # the first class that fits decides
+    (ModelDownloadError, ExitCode.DOWNLOAD),
     (ModelError, ExitCode.MODEL),
     (ConfigError, ExitCode.USAGE),
     (UsageError, ExitCode.USAGE),
@@ -76,7 +77,6 @@ _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (  # the first class 
     (NotRunning, ExitCode.NOT_RUNNING),
     (AlreadyRunning, ExitCode.ALREADY_RUNNING),
     (KeyringError, ExitCode.KEYRING),
-    (DownloadError, ExitCode.DOWNLOAD),
     (IntegrityError, ExitCode.DAMAGE),
     (EngineError, ExitCode.API),
     (Overloaded, ExitCode.API),

@@ -102,7 +102,7 @@ def test_exit_codes_are_listed(kvctl: Kvctl) -> None:
         (errors.NotRunning("x"), 4),
         (errors.AlreadyRunning("x", pid=1), 5),
         (errors.ModelError("x"), 6),
-        (errors.DownloadError("x"), 7),
+        (errors.ModelDownloadError("x"), 7),
         (errors.KeyringError("x"), 8),
         (errors.IntegrityError("x", reason="tag"), 9),
         (errors.EngineDied("x"), 10),
