@@ -41,7 +41,11 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) ->
     file = tmp_path / "my.toml"
     file.write_text('[server]\nport = 9000\nhost = "::1"\n')
     profile = load_profile(str(file), ["server.port=9001"])
-    assert (profile.server.port, profile.server.host, profile.server.max_queue) == (9001, "::1", Profile().server.max_queue)
+    assert (profile.server.port, profile.server.host, profile.server.max_queue) == (
+        9001,
+        "::1",
+        Profile().server.max_queue,
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,10 @@ def test_values_of_set(item: str, section: str, key: str, value: object) -> None
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tiers.dram.capcity=4GiB"], '--set tiers.dram.capcity=4GiB: unknown key "tiers.dram.capcity"; did you mean "tiers.dram.capacity"?'),
+        (
+            ["tiers.dram.capcity=4GiB"],
+            '--set tiers.dram.capcity=4GiB: unknown key "tiers.dram.capcity"; did you mean "tiers.dram.capacity"?',
+        ),
         (["contxt_tokens=4096"], 'did you mean "engine.context_tokens"?'),
         (["tiers.dram=4GiB"], '"tiers.dram" is a section; set one of its keys: tiers.dram.capacity, tiers.dram.lock'),
         (["port"], "write it as section.key=value"),
@@ -107,7 +114,9 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, content: bytes, messa
 
 
 def test_an_unknown_profile_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match='no profile or file "laptop"; did you mean "laptop-cpu"\\?; built-in: box-1gpu, '):
+    with pytest.raises(
+        ConfigError, match='no profile or file "laptop"; did you mean "laptop-cpu"\\?; built-in: box-1gpu, '
+    ):
         load_profile("laptop")
 
 
@@ -129,12 +138,16 @@ def test_not_sizes(text: object) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("500ms", 0.5), ("5m", 300), ("2h", 7200), ("1d", 86400), ("1.5 s", 1.5)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("500ms", 0.5), ("5m", 300), ("2h", 7200), ("1d", 86400), ("1.5 s", 1.5)]
+)
 def test_times(text: str, seconds: float) -> None:
     assert parse_time(text) == seconds
 
 
-def test_home_is_the_option_then_kvctl_home_then_xdg_then_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_is_the_option_then_kvctl_home_then_xdg_then_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("KVCTL_HOME", str(tmp_path / "env"))

@@ -38,7 +38,9 @@ def test_every_dependency_is_pinned() -> None:
     project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
     wanted = {_name(r) for r in [*project["dependencies"], *optional["dev"], *optional["hub"], *optional["plot"]]}
-    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    ]
     assert all(re.match(r"[a-z0-9.-]+==[\w.]+( ; .+)?$", line) for line in lines)
     assert wanted <= {_name(line) for line in lines}
 
@@ -52,7 +54,10 @@ def test_setup_names_every_missing_package_in_one_line(tmp_path: Path) -> None:
     for tool in ("bash", "dirname", "cat"):
         os.symlink(shutil.which(tool) or tool, bare / tool)
     result = subprocess.run(
-        [str(bare / "bash"), str(repo / "scripts" / "setup.sh")], env={"PATH": str(bare)}, capture_output=True, text=True
+        [str(bare / "bash"), str(repo / "scripts" / "setup.sh")],
+        env={"PATH": str(bare)},
+        capture_output=True,
+        text=True,
     )
     wanted = "python3-venv build-essential cmake"
     assert result.returncode == 1

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "llama_cpp", "textual", "fastapi", "starlette", "uvicorn", "numpy", "lmdb", "httpx", "gguf", "cryptography", "jinja2"}
+HEAVY = {
+    "torch",
+    "llama_cpp",
+    "textual",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "numpy",
+    "lmdb",
+    "httpx",
+    "gguf",
+    "cryptography",
+    "jinja2",
+}
 
 
 def _modules_after(statement: str) -> set[str]:
@@ -33,7 +46,9 @@ def test_nouns_and_errors_need_only_the_standard_library(module: str) -> None:
     assert foreign == {"appliance"}
 
 
-@pytest.mark.parametrize("module", ["appliance.engine.base", "appliance.engine.client", "appliance.kv.base", "appliance.plan.planner"])
+@pytest.mark.parametrize(
+    "module", ["appliance.engine.base", "appliance.engine.client", "appliance.kv.base", "appliance.plan.planner"]
+)
 def test_contracts_start_light(module: str) -> None:
     assert not _modules_after(f"import {module}") & (HEAVY - {"numpy"})
 
