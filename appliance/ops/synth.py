@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from appliance.errors import ModelError, UsageError
 from appliance.ops.files import replaced
+from appliance.ops.synth_shape import SHAPES, Shape
 from appliance.ops.synth_tiny import TINY, tiny_tensors
 
 CHAT_TEMPLATE = (
@@ -27,39 +28,16 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHOSEN_LOGIT_STD = 8.0
 """Of printable characters. All other tokens have logits near 0, and so are next to never chosen, also among 150,000."""
-RESIDUAL_SCALE = 0.25
-"""Output projections are scaled down: random layers amplify rounding."""
+ATTENTION_SCALE = 0.3
+FFN_SCALE = 0.1
+"""Of what a layer adds to the residual, against an embedding of 1: random layers at full scale amplify rounding."""
+SCORE_SCALE = 1.4
+"""Of queries and keys: how much attention prefers some tokens to others."""
 
 Q8_BLOCK = 32
 _UNIFORM_INT8_STD = 73.3
 
 
-@dataclass(frozen=True)
-class Shape:
-    arch: str
-    layers: int
-    embd: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    context: int
-    rope_base: float
-    tied: bool
-    """The output matrix is the embedding matrix."""
-    qkv_bias: bool
-    norm_eps: float
-
-    @property
-    def head_dim(self) -> int:
-        return self.embd // self.heads
-
-
-SHAPES = {
-    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 4864, 151936, 32768, 1e6, True, True, 1e-6),
-    "qwen2.5-7b": Shape("qwen2", 28, 3584, 28, 4, 18944, 152064, 32768, 1e6, False, True, 1e-6),
-    "llama-3.1-8b": Shape("llama", 32, 4096, 32, 8, 14336, 128256, 131072, 5e5, False, False, 1e-5),
-}
 PRESETS = ("tiny", *SHAPES)
 
 
@@ -80,7 +58,7 @@ class Tensor:
 
 
 def synth(preset: str, out: Path, seed: int = 0, on_progress: Callable[[float], None] | None = None) -> Path:
-    """Write the preset's model to `out`, whose parent folder exists. Returns `out`."""
+    """Write the preset's model to `out`, replacing what is there. Returns `out`."""
     if preset not in PRESETS:
         raise UsageError(f'no synthetic model "{preset}"; there are: {", ".join(PRESETS)}')
     if preset == "tiny":
@@ -90,6 +68,7 @@ def synth(preset: str, out: Path, seed: int = 0, on_progress: Callable[[float], 
         tensors = list(_tensors(shape, np.random.default_rng(seed)))
     total = sum(tensor.nbytes for tensor in tensors)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with replaced(out) as temporary:
             writer = _header(preset, shape, temporary)
             for tensor in tensors:
@@ -165,27 +144,31 @@ def _tensors(shape: Shape, random: np.random.Generator) -> Iterator[Tensor]:
 
     def matrix(name: str, rows: int, columns: int, scale: float = 1.0, loud: bool = False) -> Tensor:
         std = scale / np.sqrt(columns)
-        return Tensor(name, (rows, columns), lambda: _q8(random, rows, columns, std, printable() if loud else None), True)
+        return Tensor(
+            name, (rows, columns), lambda: _q8(random, rows, columns, std, printable() if loud else None), True
+        )
 
     def vector(name: str, size: int, value: float) -> Tensor:
         return Tensor(name, (size,), lambda: np.full(size, value, np.float32))
 
     embd, kv = shape.embd, shape.kv_heads * shape.head_dim
-    yield matrix("token_embd.weight", shape.vocab, embd, loud=shape.tied)
+    yield matrix("token_embd.weight", shape.vocab, embd, np.sqrt(embd), loud=shape.tied)
     for i in range(shape.layers):
         yield vector(f"blk.{i}.attn_norm.weight", embd, 1.0)
-        for name, rows in (("q", embd), ("k", kv), ("v", kv)):
-            yield matrix(f"blk.{i}.attn_{name}.weight", rows, embd)
+        for name, rows, scale in (("q", embd, SCORE_SCALE), ("k", kv, SCORE_SCALE), ("v", kv, 1.0)):
+            yield matrix(f"blk.{i}.attn_{name}.weight", rows, embd, scale)
             if shape.qkv_bias:
                 yield vector(f"blk.{i}.attn_{name}.bias", rows, 0.0)
-        yield matrix(f"blk.{i}.attn_output.weight", embd, embd, RESIDUAL_SCALE)
+        yield matrix(f"blk.{i}.attn_output.weight", embd, embd, ATTENTION_SCALE)
         yield vector(f"blk.{i}.ffn_norm.weight", embd, 1.0)
         yield matrix(f"blk.{i}.ffn_gate.weight", shape.ffn, embd)
         yield matrix(f"blk.{i}.ffn_up.weight", shape.ffn, embd)
-        yield matrix(f"blk.{i}.ffn_down.weight", embd, shape.ffn, RESIDUAL_SCALE)
-    yield vector("output_norm.weight", embd, CHOSEN_LOGIT_STD)
+        yield matrix(f"blk.{i}.ffn_down.weight", embd, shape.ffn, FFN_SCALE)
+    # Random signs: without them a tied matrix makes every token choose itself again.
+    std = CHOSEN_LOGIT_STD / np.sqrt(embd)
+    yield Tensor("output_norm.weight", (embd,), lambda: (std * random.choice((-1, 1), embd)).astype(np.float32))
     if not shape.tied:
-        yield matrix("output.weight", shape.vocab, embd, loud=True)
+        yield matrix("output.weight", shape.vocab, embd, np.sqrt(embd), loud=True)
 
 
 def _q8(

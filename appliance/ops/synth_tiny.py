@@ -15,10 +15,11 @@ Invariant: every key and value that a later token reads is exact in half precisi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from appliance.ops.synth_shape import Shape
 
 F32 = NDArray[np.float32]
 
@@ -48,47 +49,31 @@ CLASS_AT = 2 * len(FREQUENCIES)
 RELU_GAIN = 20.0
 FAINT = 1e-3
 """Scale of layer 0's sums in the residual: too small to move the norm that later keys and values are divided by."""
-SUM_GAIN = 16.0
-OUTPUT_SCALE = 40.0
+SUM_GAIN = 2000.0
+OUTPUT_SCALE = 3.0
 
 
-@dataclass(frozen=True)
-class TinyShape:
-    arch: str = "llama"
-    layers: int = 2
-    embd: int = EMBD
-    heads: int = HEADS
-    kv_heads: int = KV_HEADS
-    head_dim: int = HEAD
-    ffn: int = FFN
-    vocab: int = VOCAB
-    context: int = CONTEXT
-    rope_base: float = 1e4
-    norm_eps: float = 1e-8
-
-
-TINY = TinyShape()
+TINY = Shape("llama", 2, EMBD, HEADS, KV_HEADS, HEAD, FFN, VOCAB, CONTEXT, 1e4, False, False, 1e-8)
 
 
 def tiny_tensors(seed: int) -> Iterator[tuple[str, F32]]:
     """(name, data) of every tensor, [out, in] row-major."""
     random = np.random.default_rng(seed)
-    signs = lambda *shape: random.choice((-1.0, 1.0), size=shape).astype(np.float32)  # noqa: E731
     embedding = _zeros(VOCAB, EMBD)
     embedding[:, CONST_AT] = 1
-    embedding[:, CODES_AT : CODES_AT + CODE] = signs(VOCAB, CODE)
+    embedding[:, CODES_AT : CODES_AT + CODE] = _signs(random, VOCAB, CODE)
     yield "token_embd.weight", embedding
     pair = np.arange(HEAD // 2)
     factors = np.full(HEAD // 2, UNROTATED)
     factors[: len(FREQUENCIES)] = (TINY.rope_base ** (-2.0 * pair / HEAD))[: len(FREQUENCIES)] / FREQUENCIES
     yield "rope_freqs.weight", factors.astype(np.float32)
     known = 1 + CODE
-    yield from _attention(0, known, _fetch_queries(), CODES_AT, [CODES_AT, CODES_AT], _fetch_output(signs))
+    yield from _attention(0, known, _fetch_queries(), CODES_AT, [CODES_AT, CODES_AT], _fetch_output(random))
     known += CODE * LOOKBACK
     yield from _feed_forward(0, known, *_parity(random))
     known += HASH
     yield from _attention(
-        1, known, _class_queries(range(HEADS)), HASH_AT, [HASH_AT, HASH_AT + HEAD], _sum_output(signs)
+        1, known, _class_queries(range(HEADS)), HASH_AT, [HASH_AT, HASH_AT + HEAD], _sum_output(random)
     )
     yield from _feed_forward(1, known, *_mix(random))
     yield "output_norm.weight", np.full(EMBD, OUTPUT_SCALE, np.float32)
@@ -141,18 +126,18 @@ def _class_queries(heads: range) -> F32:
     return queries
 
 
-def _fetch_output(signs: object) -> F32:
+def _fetch_output(random: np.random.Generator) -> F32:
     output = _zeros(EMBD, HEADS * HEAD)
     fetched = LOOKBACK * HEAD
     output[CODES_AT + CODE : CODES_AT + CODE + fetched, :fetched] = np.eye(fetched)
     rest = HEADS * HEAD - fetched
-    output[CODE_SUM_AT : CODE_SUM_AT + CODE, fetched:] = FAINT / np.sqrt(rest) * signs(CODE, rest)  # type: ignore[operator]
+    output[CODE_SUM_AT : CODE_SUM_AT + CODE, fetched:] = FAINT / np.sqrt(rest) * _signs(random, CODE, rest)
     return output
 
 
-def _sum_output(signs: object) -> F32:
+def _sum_output(random: np.random.Generator) -> F32:
     output = _zeros(EMBD, HEADS * HEAD)
-    output[SUM_AT : SUM_AT + SUM] = signs(SUM, HEADS * HEAD) / np.sqrt(HEADS * HEAD)  # type: ignore[operator]
+    output[SUM_AT : SUM_AT + SUM] = _signs(random, SUM, HEADS * HEAD) / np.sqrt(HEADS * HEAD)
     return output
 
 
@@ -172,23 +157,23 @@ def _parity(random: np.random.Generator) -> tuple[F32, F32, F32]:
 
 
 def _mix(random: np.random.Generator) -> tuple[F32, F32, F32]:
-    """Random products of the sums and the current hash. Products, because a sum alone would add the same bias to
-    every step and the completion would hang on it only where two logits are close."""
-    down = _zeros(EMBD, FFN)
+    """Products of a relu of the sums and the current hash: whatever the sums' size, their direction decides, anew
+    for every hash. The result outweighs the rest of the residual, so that the last norm fixes the logits' spread."""
+    gate, up, down = _zeros(FFN, EMBD), _zeros(FFN, EMBD), _zeros(EMBD, FFN)
+    gate[:, SUM_AT : SUM_AT + SUM] = random.standard_normal((FFN, SUM)) * SUM_GAIN / np.sqrt(SUM)
+    gate[:, CODE_SUM_AT : CODE_SUM_AT + CODE] = random.standard_normal((FFN, CODE)) * SUM_GAIN / FAINT / np.sqrt(CODE)
+    up[:, HASH_AT : HASH_AT + HASH] = random.standard_normal((FFN, HASH)) / np.sqrt(HASH)
     down[OUT_AT:] = random.standard_normal((OUT, FFN)) / np.sqrt(FFN)
-    return _features(random), _features(random), down
-
-
-def _features(random: np.random.Generator) -> F32:
-    rows = _zeros(FFN, EMBD)
-    for at, size, gain in ((HASH_AT, HASH, 1.0), (SUM_AT, SUM, SUM_GAIN), (CODE_SUM_AT, CODE, SUM_GAIN / FAINT)):
-        rows[:, at : at + size] = random.standard_normal((FFN, size)) * gain / np.sqrt(size)
-    return rows
+    return gate, up, down
 
 
 def _norm(known: int) -> F32:
     """Undoes the norm of a residual with `known` slots of +-1: they are +-1 again."""
     return np.full(EMBD, np.sqrt(known / EMBD), np.float32)
+
+
+def _signs(random: np.random.Generator, *shape: int) -> F32:
+    return random.choice((-1.0, 1.0), size=shape).astype(np.float32)
 
 
 def _zeros(*shape: int) -> F32:

@@ -20,6 +20,9 @@ STEPS = 3
 SLICE_S = 0.25
 """A measurement ends after STEPS steps or this long, whichever is first, but has at least one step."""
 
+GOOD_ENOUGH = 1.1
+"""Fewer threads win when they are within this factor of the best: a core left over serves everything else."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -42,7 +45,7 @@ def calibrate(
             with _busy_core():
                 for n in candidates:
                     worst[n] = max(idle[n], _step_s(lambda n=n: decode(n)))  # type: ignore[misc]
-        threads = min(worst, key=lambda n: worst[n])
+        threads = min(n for n in candidates if worst[n] <= GOOD_ENOUGH * min(worst.values()))
     choices = [batch_threads] if batch_threads else [n for n in candidates if 2 * n >= cores]
     rates = {n: prefill_tokens / _timed(lambda n=n: prefill(n)) for n in choices}  # type: ignore[misc]
     batch_threads = max(rates, key=lambda n: rates[n])

@@ -122,7 +122,7 @@ class RowLayout:
         """Fill a blob of blob_bytes(sum of used) with the first `used` rows of each (n_tokens, used, payload)."""
         n_cells = sum(used for _, used, _ in blocks)
         assert len(blob) == self.blob_bytes(n_cells)
-        _HEADER.pack_into(blob, 0, self.magic, sequence)
+        _HEADER.pack_into(blob.data, 0, self.magic, sequence)
         meta = np.empty((n_cells, 3), dtype="<i4")
         meta[:, 0] = np.arange(start, start + n_cells)
         meta[:, 1] = 1
@@ -130,14 +130,14 @@ class RowLayout:
         at = _HEADER.size
         sources_at = [0] * len(blocks)
         for parts in self.sections:
-            _SECTION.pack_into(blob, at, 1, n_cells)
+            _SECTION.pack_into(blob.data, at, 1, n_cells)
             at += _SECTION.size
             blob[at : at + _META_BYTES * n_cells] = meta.reshape(-1).view(np.uint8)
             at += _META_BYTES * n_cells
-            _SECTION.pack_into(blob, at, 0, len(parts) // 2)
+            _SECTION.pack_into(blob.data, at, 0, len(parts) // 2)
             at += _SECTION.size
             for part in parts:
-                _PART.pack_into(blob, at, part.kind, part.row_bytes)
+                _PART.pack_into(blob.data, at, part.kind, part.row_bytes)
                 at += _PART.size
                 for i, (n_tokens, used, payload) in enumerate(blocks):
                     size = used * part.row_bytes
@@ -172,4 +172,4 @@ def _order(meta: Bytes, start: int) -> NDArray[np.intp] | None:
 def _unpack(form: struct.Struct, blob: Bytes, at: int) -> tuple[int, ...]:
     if at + form.size > len(blob):
         raise LayoutError("a state ends early")
-    return form.unpack_from(blob, at)
+    return form.unpack_from(blob.data, at)

@@ -20,16 +20,12 @@ from appliance.engine.llamacpp import native
 from appliance.engine.llamacpp.calibrate import calibrate
 from appliance.engine.llamacpp.identity import fingerprint
 from appliance.engine.llamacpp.sampling import ChainSampler
-from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, StatePort, probe
+from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, probe
 from appliance.engine.llamacpp.text import Text
 from appliance.errors import EngineError
 from appliance.types import BlockLayout, SamplingParams, Tokens
 
 CALIBRATION_TOKENS = 64
-
-
-def create(config: EngineConfig, on_progress: Callable[[float], None]) -> LlamaCppEngine:
-    return LlamaCppEngine(config, on_progress)
 
 
 class LlamaCppEngine(Engine):
@@ -121,12 +117,10 @@ class LlamaCppEngine(Engine):
             raise EngineError("no free KV cells" if code == 1 else f"llama.cpp could not compute a batch (code {code})")
 
     def logits(self, row: int) -> memoryview:
-        return memoryview(self._logits(row))
+        return self._logits(row).data
 
     def new_sampler(self, params: SamplingParams, prompt: Tokens) -> Sampler:
-        return ChainSampler(
-            self._context, params, prompt, self._text.end_tokens, self._logits, self._batch_index_of
-        )
+        return ChainSampler(self._context, params, prompt, self._text.end_tokens, self._logits, self._batch_index_of)
 
     # --- cells ---------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,14 @@ def new_context(model: Any, config: EngineConfig) -> Any:
 def metadata(model: Any) -> dict[str, str]:
     """The GGUF's scalar metadata as llama.cpp prints it."""
     found = {}
-    for index in range(ll.llama_model_meta_count(model)):
-        key = _string(lambda buffer, size, i=index: ll.llama_model_meta_key_by_index(model, i, buffer, size))
-        found[key] = _string(lambda buffer, size, i=index: ll.llama_model_meta_val_str_by_index(model, i, buffer, size))
+    for i in range(ll.llama_model_meta_count(model)):
+        key = _string(partial(ll.llama_model_meta_key_by_index, model, i))
+        found[key] = _string(partial(ll.llama_model_meta_val_str_by_index, model, i))
     return found
 
 
 def description(model: Any) -> str:
-    return _string(lambda buffer, size: ll.llama_model_desc(model, buffer, size))
+    return _string(partial(ll.llama_model_desc, model))
 
 
 def _string(call: Callable[[Any, int], int]) -> str:

@@ -62,7 +62,7 @@ def _parts(params: SamplingParams, vocab_tokens: int, end_tokens: Collection[int
     if params.ignore_eos:
         bias.update(dict.fromkeys(end_tokens, float("-inf")))
     if bias:
-        entries = (ll.llama_logit_bias * len(bias))(*bias.items())
+        entries = (ll.llama_logit_bias * len(bias))(*map(ll.llama_logit_bias, bias, bias.values()))
         parts.append(ll.llama_sampler_init_logit_bias(vocab_tokens, len(bias), entries))
     if params.repeat_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
         penalties = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)

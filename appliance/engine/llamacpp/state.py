@@ -22,6 +22,8 @@ from appliance.types import BlockLayout
 
 SCRATCH_SEQUENCES = 2
 PROBE_TOKENS = 8
+RUN_BLOCKS = 16
+"""Full blocks for which the buffer is ready from the start; longer runs make it grow."""
 
 Export = Sequence[tuple[int, memoryview]]
 Restore = Sequence[tuple[int, int, memoryview]]
@@ -66,8 +68,7 @@ class StatePort(ABC):
 
     def _room(self, size: int) -> Bytes:
         if len(self._buffer) < size:
-            self._buffer = np.zeros(size + size // 4, np.uint8)
-            self._buffer[::4096] = 1  # touch every page now, outside the copy
+            self._buffer = np.ones(size, np.uint8)  # written, so that every page is there before the copy
         return self._buffer[:size]
 
     @contextmanager
@@ -84,9 +85,10 @@ class RowPort(StatePort):
 
     layout: RowLayout
 
-    def __init__(self, context: Any, layout: RowLayout, window_tokens: int) -> None:
+    def __init__(self, context: Any, layout: RowLayout, window_tokens: int, run_tokens: int) -> None:
         super().__init__(context)
         self.layout = layout
+        self._room(layout.blob_bytes(run_tokens))
         self._window_tokens = window_tokens
         """0, or the sliding window: a state leaves out what its last token cannot see, so none may span more."""
 
@@ -172,7 +174,8 @@ def probe(
         raw = NoPort(context)
         one, two = (len(raw.read(0, 0, n)) for n in (1, 2))
         try:
-            rows = RowPort(context, RowLayout.parse(raw.read(0, 0, PROBE_TOKENS)), int(ll.llama_model_n_swa(model)))
+            layout = RowLayout.parse(raw.read(0, 0, PROBE_TOKENS))
+            rows = RowPort(context, layout, int(ll.llama_model_n_swa(model)), RUN_BLOCKS * block_tokens)
             _check_rows(rows)
         except (LayoutError, EngineError):
             port = OpaquePort(context, 2 * one - two, two - one)
