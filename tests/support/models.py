@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+from appliance.engine.base import EngineConfig
 from appliance.ops import synth as synth_module
 from appliance.ops import synth_shape, synth_tiny
 from appliance.ops.synth import synth
@@ -19,3 +20,23 @@ def tiny_model() -> Path:
         path.parent.mkdir(exist_ok=True)
         synth("tiny", path)
     return path
+
+
+def tiny_config(**changes: object) -> EngineConfig:
+    """How the engine is told to load the tiny model; threads are calibrated unless given."""
+    settings: dict[str, object] = {
+        "kind": "llamacpp",
+        "model_path": str(tiny_model()),
+        "model_sha256": bytes(32),
+        "context_tokens": 4096,
+        "max_sequences": 8,
+        "batch_tokens": 512,
+        "shared_batch_tokens": 64,
+        "block_tokens": 256,
+        "gpu_layers": 0,
+        "threads": 0,
+        "batch_threads": 0,
+        "kv_type_k": "f16",
+        "kv_type_v": "f16",
+    }
+    return EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]

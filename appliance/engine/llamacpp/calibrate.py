@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 STEPS = 3
@@ -38,16 +39,16 @@ def calibrate(
     """`decode` computes one token and `prefill` a batch, each with so many threads. 0 threads = choose."""
     cores = len(os.sched_getaffinity(0))
     candidates = sorted({1, max(1, cores // 2), max(1, cores - 1), cores})
-    idle = {n: _step_s(lambda n=n: decode(n)) for n in ([threads] if threads else candidates)}  # type: ignore[misc]
+    idle = {n: _step_s(partial(decode, n)) for n in ([threads] if threads else candidates)}
     if not threads:
         worst = dict(idle)
         if cores > 1:
             with _busy_core():
                 for n in candidates:
-                    worst[n] = max(idle[n], _step_s(lambda n=n: decode(n)))  # type: ignore[misc]
+                    worst[n] = max(idle[n], _step_s(partial(decode, n)))
         threads = min(n for n in candidates if worst[n] <= GOOD_ENOUGH * min(worst.values()))
     choices = [batch_threads] if batch_threads else [n for n in candidates if 2 * n >= cores]
-    rates = {n: prefill_tokens / _timed(lambda n=n: prefill(n)) for n in choices}  # type: ignore[misc]
+    rates = {n: prefill_tokens / _timed(partial(prefill, n)) for n in choices}
     batch_threads = max(rates, key=lambda n: rates[n])
     return Speed(threads, batch_threads, idle[threads], rates[batch_threads])
 

@@ -84,13 +84,15 @@ class RowLayout:
             raise LayoutError("bytes left over")
         return cls(magic, tuple(sections))
 
-    def split(self, blob: Bytes, start: int, targets: Sequence[Bytes], n_tokens: Sequence[int], skip: int = 0) -> None:
-        """Copy the rows of positions [start, ...) out of a blob, into consecutive blocks.
+    def split(
+        self, blob: Bytes, start: int, stop: int, targets: Sequence[Bytes], n_tokens: Sequence[int], skip: int
+    ) -> None:
+        """Copy the rows of positions [start, stop) out of a blob, into consecutive blocks.
 
         Target i is the whole payload of a block of n_tokens[i]; the blob's first row belongs at token `skip` of the
-        first target, and its last row may fall short of the end of the last. LayoutError on any surprise.
+        first target, and its last row may fall short of the end of the last. LayoutError if it holds anything else than those positions.
         """
-        n_cells = (len(blob) - self.blob_bytes(0)) // (self.blob_bytes(1) - self.blob_bytes(0))
+        n_cells = stop - start
         if len(blob) != self.blob_bytes(n_cells) or _unpack(_HEADER, blob, 0)[0] != self.magic:
             raise LayoutError("unexpected size of a state")
         at = _HEADER.size

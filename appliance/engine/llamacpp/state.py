@@ -104,7 +104,7 @@ class RowPort(StatePort):
             first, last = reached[0], reached[-1] + 1
             try:
                 blob = self.read(seq, at, end)
-                self.layout.split(blob, at, targets[first:last], n_tokens[first:last], skip=at - begins[first])
+                self.layout.split(blob, at, end, targets[first:last], n_tokens[first:last], at - begins[first])
             except LayoutError as error:
                 raise EngineError(f"llama.cpp exported an unexpected state: {error}") from None
             at = end
