@@ -7,7 +7,9 @@ preset and seed give the same bytes, and a file is at its place only when comple
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import gguf
@@ -52,9 +54,15 @@ class Tensor:
     """Q8_0, made as raw blocks."""
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """In elements, or in bytes of Q8_0 blocks."""
+        if not self.quantised:
+            return self.shape
+        return (*self.shape[:-1], self.shape[-1] // Q8_BLOCK * (Q8_BLOCK + 2))
+
+    @property
     def nbytes(self) -> int:
-        n = int(np.prod(self.shape))
-        return n // Q8_BLOCK * (Q8_BLOCK + 2) if self.quantised else 4 * n
+        return prod(self.stored_shape) * (1 if self.quantised else 4)
 
 
 def synth(preset: str, out: Path, seed: int = 0, on_progress: Callable[[float], None] | None = None) -> Path:
@@ -66,29 +74,32 @@ def synth(preset: str, out: Path, seed: int = 0, on_progress: Callable[[float], 
     else:
         shape = SHAPES[preset]
         tensors = list(_tensors(shape, np.random.default_rng(seed)))
-    total = sum(tensor.nbytes for tensor in tensors)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replaced(out) as temporary:
             writer = _header(preset, shape, temporary)
-            for tensor in tensors:
-                kind = gguf.GGMLQuantizationType.Q8_0 if tensor.quantised else None
-                dtype = np.dtype(np.uint8 if tensor.quantised else np.float32)
-                stored = (*tensor.shape[:-1], tensor.shape[-1] // Q8_BLOCK * (Q8_BLOCK + 2)) if kind else tensor.shape
-                writer.add_tensor_info(tensor.name, stored, dtype, tensor.nbytes, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            done = 0
-            for tensor in tensors:
-                writer.write_tensor_data(tensor.make())
-                done += tensor.nbytes
-                if on_progress:
-                    on_progress(done / total)
-            writer.close()
+            with closing(writer):
+                _write(writer, tensors, on_progress)
     except OSError as error:
         raise ModelError(f"{out}: {error.strerror}") from None
     return out
+
+
+def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], on_progress: Callable[[float], None] | None) -> None:
+    for tensor in tensors:
+        dtype = np.dtype(np.uint8 if tensor.quantised else np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.quantised else None
+        writer.add_tensor_info(tensor.name, tensor.stored_shape, dtype, tensor.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    total = sum(tensor.nbytes for tensor in tensors)
+    done = 0
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.make())
+        done += tensor.nbytes
+        if on_progress:
+            on_progress(done / total)
 
 
 def _header(preset: str, shape: Shape, path: Path) -> gguf.GGUFWriter:
@@ -118,7 +129,7 @@ def _header(preset: str, shape: Shape, path: Path) -> gguf.GGUFWriter:
         + [gguf.TokenType.CONTROL] * len(SPECIAL_TOKENS)
         + [gguf.TokenType.UNUSED] * (shape.vocab - special_end)
     )
-    writer.add_token_merges(["\u0100 \u0101"])  # the loader wants one: bytes 0 and 1, whose pair is no token
+    writer.add_token_merges(["þ ÿ"])  # the loader wants one: two bytes that valid UTF-8 never holds
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(special_end - 1)
     writer.add_pad_token_id(256)

@@ -54,7 +54,7 @@ class ChatTemplate:
         except TemplateError as error:
             reason = str(error) if isinstance(error, _Refused) else "they lack what it expects"
             raise RequestError(f"the chat template refuses these messages: {reason}", param="messages") from None
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             message = "the chat template cannot render these messages: check roles, content and tools"
             raise RequestError(message, param="messages") from None
         return guard.reveal(rendered)
