@@ -230,3 +230,6 @@ class TierUsage:
     state: str = "ok"
     """ok | degraded (failing, bypassed for now) | off"""
     notes: tuple[str, ...] = field(default=())
+    oldest_s: float | None = None
+    """Seconds since the least recently used block was used; None if there is none."""
+    newest_s: float | None = None
