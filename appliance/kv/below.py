@@ -1,0 +1,317 @@
+"""The durable side of the store: index, sealed medium and order of eviction, kept in step.
+
+Invariant: a block is in `policy` exactly while it is indexed and not on its way out; what is on its way out is not found
+any more, and its bytes are freed only when no load reads them. Threading: event loop only; the jobs it hands to the
+transfer pool touch index and medium, and only one of those that write runs at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from appliance.errors import TierError, TierFull
+from appliance.kv.breaker import Breaker
+from appliance.kv.index import Changes, IndexEntry
+from appliance.kv.policy import LeafFirstLru
+from appliance.kv.record import record_bytes
+from appliance.kv.recovery import Recovered, by_age
+from appliance.kv.siblings import strict_prefixes
+from appliance.kv.tiers.base import Extent
+from appliance.kv.tiers.sealed import Loaded, Plain, SealedTier
+from appliance.kv.transfer import Priority, TransferPool
+from appliance.types import BlockId, BlockLayout, TierUsage, Tokens
+
+T = TypeVar("T")
+
+
+class Below:
+    def __init__(
+        self,
+        sealed: SealedTier,
+        recovered: Recovered,
+        transfers: TransferPool,
+        layout: BlockLayout,
+        counts: Counter[str],
+        clock: Callable[[], float],
+    ) -> None:
+        self.sealed = sealed
+        self.index = recovered.index
+        self.policy = LeafFirstLru()
+        for block in by_age(recovered.entries):
+            self.policy.add(block, recovered.entries[block].parent)
+        self._transfers = transfers
+        self._layout = layout
+        self._counts = counts
+        self._clock = clock
+        self._tier = sealed.tier.properties.tier
+        self._tokens = sum(entry.n_tokens for entry in recovered.entries.values())
+        self._newest_us = max((entry.used_us for entry in recovered.entries.values()), default=0)
+        self._used: dict[BlockId, int] = {}
+        self._leaving: set[BlockId] = set()
+        self._reading: Counter[BlockId] = Counter()
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.loads = Breaker(asyncio.get_running_loop().time)
+        self.stores = Breaker(asyncio.get_running_loop().time)
+
+    # --- finding ---------------------------------------------------------------------------------------------------
+
+    def __contains__(self, block: BlockId) -> bool:
+        return block in self.policy
+
+    def present(self, blocks: Sequence[BlockId]) -> int:
+        """How many of `blocks`, from the first on, can be loaded."""
+        try:
+            found = self.index.present(blocks)
+        except TierError as error:
+            self._failed(error)
+            return 0
+        if self._leaving:
+            return next((n for n in range(found) if blocks[n] in self._leaving), found)
+        return found
+
+    def entries(self, blocks: Iterable[BlockId]) -> dict[BlockId, IndexEntry]:
+        try:
+            return self.index.get_many(b for b in blocks if b not in self._leaving)
+        except TierError as error:
+            self._failed(error)
+            return {}
+
+    def children(self, parent: BlockId) -> list[tuple[bytes, BlockId]]:
+        try:
+            found = self.index.children(parent)
+        except TierError as error:
+            self._failed(error)
+            return []
+        return [child for child in found if child[1] not in self._leaving] if self._leaving else found
+
+    def child_tokens(self, parent: BlockId, block: BlockId) -> Tokens | None:
+        try:
+            return self.index.child_tokens(parent, block)
+        except TierError as error:
+            self._failed(error)
+            return None
+
+    def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
+        """A prefix that ends with the last of these blocks is used now."""
+        self._newest_us = max(self._newest_us, used_us)
+        self._used.update((block, used_us) for block in blocks if block in self.policy)
+        self.policy.touch(blocks[-1])
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    async def load(self, blocks: Sequence[Plain], extents: Sequence[Extent]) -> Loaded:
+        """Read adjacent records into their slots. What fails is counted; a record that does not verify is dropped."""
+        names = [plain.identity.block for plain in blocks]
+        self._reading.update(names)
+        try:
+            job = partial(self.sealed.load, blocks, extents, self._layout)
+            loaded = await asyncio.wrap_future(self._transfers.submit(Priority.LOAD, job))
+        except TierError as error:
+            self._failed(error)
+            self.loads.failed()
+            return Loaded(0, 0, 0.0, None)
+        finally:
+            self._reading.subtract(names)
+            self._reading += Counter()  # keeps what is still being read
+        self.loads.worked()
+        self._count("load_bytes_total", loaded.nbytes)
+        self._count("load_seconds_total", loaded.seconds)
+        if loaded.error is not None:
+            self._counts[f'integrity_failures_total{{reason="{loaded.error.reason}"}}'] += 1
+            self._quarantine(names[loaded.opened])
+        return loaded
+
+    def _quarantine(self, block: BlockId) -> None:
+        """Never offered again; its children are found again once it was computed and stored anew."""
+        self._counts["quarantined_total"] += 1
+        self._leave([block])
+        self.spawn(self._drop_quarantined(block))
+
+    async def _drop_quarantined(self, block: BlockId) -> None:
+        async with self._turn:
+            try:
+                await self._erase([block])
+            except TierError as error:  # stays on its way out until the next start
+                self._failed(error)
+
+    # --- storing ---------------------------------------------------------------------------------------------------
+
+    async def store(self, blocks: Sequence[Plain]) -> None:
+        """Make blocks of one tenant durable, evicting what must go. TierError: none of them is stored."""
+        async with self._turn:
+            blocks = [plain for plain in blocks if plain.identity.block not in self.policy]
+            if not blocks:
+                return
+            lane = self.sealed.lane(blocks[0].identity.tenant)
+            lengths = [record_bytes(self._layout, len(plain.identity.tokens)) for plain in blocks]
+            superseded = self._superseded(blocks)
+            self._leave(superseded)
+            try:
+                await self._make_room(lane, lengths)
+                try:
+                    await self._append(blocks, superseded)
+                except TierFull:  # the medium is smaller than our capacity: somebody else filled it
+                    await self._evict(sum(lengths))
+                    await self._append(blocks, superseded)
+            except TierError:
+                self._return(superseded)
+                raise
+
+    async def drop(self, blocks: Sequence[BlockId]) -> None:
+        """Forget blocks, now. TierError if the index refuses."""
+        async with self._turn:
+            known = [block for block in blocks if block in self.policy and not self._reading[block]]
+            self._leave(known)
+            try:
+                await self._erase(known)
+            except TierError:
+                self._return(known)
+                raise
+
+    async def _make_room(self, lane: bytes, lengths: Sequence[int]) -> None:
+        while short := self.sealed.tier.shortfall(lane, lengths):
+            await self._evict(short)
+
+    async def _evict(self, nbytes: int) -> None:
+        """Forget the oldest blocks worth `nbytes`, or what there is of them; TierFull if there is none."""
+        n = -(-nbytes // record_bytes(self._layout, self._layout.block_tokens))
+        n = min(n, max(1, len(self.policy) - len(self._reading)))
+        victims = self.policy.evict(n, self._reading) or self.policy.evict(1, self._reading)
+        if not victims:
+            raise TierFull(f"the {self._tier} tier is full and nothing in it can go")
+        self._leave(victims)
+        try:
+            await self._erase(victims)
+        except TierError:
+            self._return(victims)
+            raise
+        self._count("evicted_blocks_total", len(victims))
+
+    def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
+        """Tails whose tokens a new sibling begins with."""
+        found: set[BlockId] = set()
+        for plain in blocks:
+            found.update(strict_prefixes(self.children(plain.identity.parent), plain.identity.tokens))
+        return [block for block in found if block in self.policy and not self._reading[block]]
+
+    async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
+        used, self._used = self._used, {}
+        job = partial(self._append_job, blocks, superseded, used)
+        try:
+            gone_tokens = await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
+        except TierError:
+            self._used = {**used, **self._used}
+            raise
+        self._leaving.difference_update(superseded)
+        parents = {plain.identity.parent for plain in blocks}
+        for plain in blocks:
+            self.policy.add(plain.identity.block, plain.identity.parent)
+        for plain in blocks:
+            if plain.identity.block not in parents:
+                self.policy.touch(plain.identity.block)
+        self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
+        self._newest_us = max(self._newest_us, int(self._clock() * 1e6))
+        nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
+        self._count("store_bytes_total", nbytes)
+
+    def _append_job(
+        self, blocks: Sequence[Plain], superseded: Sequence[BlockId], used: dict[BlockId, int], buffer: memoryview
+    ) -> int:
+        """Data, then index, then what the new blocks supersede. Returns the tokens that went."""
+        extents = self.sealed.store(blocks, self._layout, buffer)
+        now_us = int(self._clock() * 1e6)
+        added: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
+        ends: dict[int, int] = {}
+        for plain, extent in zip(blocks, extents, strict=True):
+            identity = plain.identity
+            n_tokens = len(identity.tokens)
+            payload_bytes = self._layout.payload_bytes(n_tokens)
+            entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, now_us)
+            added[identity.block] = (entry, identity.tokens)
+            ends[extent.segment] = max(ends.get(extent.segment, 0), extent.end)
+        try:
+            gone = self.index.get_many(superseded)
+            self.index.apply(Changes(added, list(gone), used, ends))
+        except TierError:
+            self.sealed.tier.free(extents)
+            raise
+        self.sealed.tier.free([entry.extent for entry in gone.values()])
+        return sum(entry.n_tokens for entry in gone.values())
+
+    async def _erase(self, blocks: Sequence[BlockId]) -> None:
+        job = partial(self._erase_job, blocks)
+        self._tokens -= await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
+        self._leaving.difference_update(blocks)
+
+    def _erase_job(self, blocks: Sequence[BlockId], _buffer: memoryview) -> int:
+        gone = self.index.get_many(blocks)
+        self.index.apply(Changes(removed=list(blocks)))
+        self.sealed.tier.free([entry.extent for entry in gone.values()])
+        return sum(entry.n_tokens for entry in gone.values())
+
+    def _leave(self, blocks: Iterable[BlockId]) -> None:
+        for block in blocks:
+            self._leaving.add(block)
+            self.policy.remove(block)
+
+    def _return(self, blocks: Iterable[BlockId]) -> None:
+        """They could not go. Their place in the order is lost: they are the newest now."""
+        entries = self.index.get_many(blocks)
+        for block, entry in entries.items():
+            self._leaving.discard(block)
+            self.policy.add(block, entry.parent)
+
+    # --- the rest --------------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that close() waits for."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def usage(self, pending_blocks: int) -> TierUsage:
+        medium = self.sealed.tier.usage()
+        oldest = next(self.policy.oldest_first(), None)
+        now_us = int(self._clock() * 1e6)
+        oldest_us = None if oldest is None else self._used.get(oldest) or self.entries([oldest])[oldest].used_us
+        return TierUsage(
+            tier=self._tier,
+            capacity_bytes=self.sealed.tier.properties.capacity_bytes,
+            used_bytes=medium.used_bytes,
+            blocks=len(self.policy),
+            tokens=self._tokens,
+            pending_blocks=pending_blocks,
+            state="degraded" if self.loads.failing or self.stores.failing else "ok",
+            notes=medium.notes,
+            oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
+            newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
+        )
+
+    async def close(self) -> None:
+        """Write down when blocks were last used, and let go of index and medium."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        async with self._turn:
+            job = partial(self._close_job, self._used)
+            await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
+
+    def _close_job(self, used: dict[BlockId, int], _buffer: memoryview) -> None:
+        try:
+            self.index.apply(Changes(used=used))
+        except TierError as error:  # stamps only: the next start evicts in a poorer order
+            self._failed(error)
+        self.index.close()
+        self.sealed.tier.close()
+
+    def _failed(self, error: TierError) -> None:
+        reason = "full" if isinstance(error, TierFull) else "io"
+        self._counts[f'tier_failures_total{{tier="{self._tier}",reason="{reason}"}}'] += 1
+
+    def _count(self, name: str, amount: float) -> None:
+        self._counts[f'{name}{{tier="{self._tier}"}}'] += amount  # type: ignore[assignment]

@@ -1,0 +1,291 @@
+"""The index: which block is where. Derived data in LMDB; the segments are the truth (FORMAT.md, "Segments, index and crash rules").
+
+Invariant: an entry is added only after its record is durable and removed, durably, before its bytes are freed. Every
+value is authenticated under the index key together with its own key: a value that does not verify does not exist.
+Threading: one writer at a time (`apply`); reads from any thread beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+import lmdb
+
+from appliance.errors import IntegrityError, TierError, TierFull, TierIO
+from appliance.kv.siblings import SiblingCache
+from appliance.kv.tiers.base import Extent
+from appliance.security.seal import NONCE_BYTES, Xaes
+from appliance.types import BlockId, Tokens
+
+FORMAT_VERSION = 1
+FILE_NAME = "index.lmdb"
+
+_BLOCK = Struct("<QQQQQII32s")
+_SEGMENT = Struct("<Q")
+_U64 = Struct(">Q")  # big-endian keys: LMDB's order is the order of segments
+_META = Struct("<I16s")
+_MAC_BYTES = 16
+_ID_BYTES = 32
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    extent: Extent
+    payload_bytes: int
+    n_tokens: int
+    start: int
+    parent: BlockId
+    used_us: int
+    """Microseconds since 1970 of the last use that was written down."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """One transaction. Removals are applied before additions."""
+
+    added: Mapping[BlockId, tuple[IndexEntry, Tokens]] = field(default_factory=dict)
+    removed: Sequence[BlockId] = ()
+    used: Mapping[BlockId, int] = field(default_factory=dict)
+    """New used_us of blocks that are still there."""
+    ends: Mapping[int, int] = field(default_factory=dict)
+    """Committed end of segments: what lies beyond is not in the index yet."""
+    gone: Sequence[int] = ()
+    """Segments that no longer exist."""
+
+
+class Index:
+    def __init__(
+        self, path: Path, *, index_key: bytes, store_uuid: bytes, map_bytes: int, create: bool = False
+    ) -> None:
+        """TierError if LMDB refuses; IntegrityError if it is another store's or version's. `create` starts an empty one."""
+        self._mac = hashlib.blake2b(key=_derive(index_key, b"mac"), digest_size=_MAC_BYTES)
+        self._xaes = Xaes(_derive(index_key, b"children"))
+        self._siblings = SiblingCache()
+        try:
+            self._env = lmdb.open(str(path), subdir=False, max_dbs=4, map_size=map_bytes, create=create, mode=0o600)
+            self._meta, self._blocks, self._children, self._segments = (
+                self._env.open_db(name, create=create) for name in (b"meta", b"blocks", b"children", b"segments")
+            )
+            if create:
+                with self._env.begin(write=True) as txn:
+                    txn.put(b"format", self._sign(b"format", _META.pack(FORMAT_VERSION, store_uuid)), db=self._meta)
+            with self._env.begin() as txn:
+                stamp = self._verified(b"format", txn.get(b"format", db=self._meta))
+        except lmdb.Error as error:
+            raise _failed(error) from None
+        if stamp != _META.pack(FORMAT_VERSION, store_uuid):
+            self._env.close()
+            raise IntegrityError("index is another store's, another version's or damaged", reason="version")
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def present(self, blocks: Sequence[BlockId]) -> int:
+        """How many of `blocks`, from the first on, are all there."""
+        done = 0
+        with self._cursor(self._blocks) as cursor:
+            while done < len(blocks):
+                chunk = blocks[done : done + _CHUNK]
+                found = cursor.getmulti(chunk)
+                for wanted, (key, value) in zip(chunk, found, strict=False):
+                    if wanted != key or not self._genuine(key, value):
+                        return done
+                    done += 1
+                if len(found) < len(chunk):
+                    return done
+        return done
+
+    def get_many(self, blocks: Iterable[BlockId]) -> dict[BlockId, IndexEntry]:
+        """The entries of those that are there."""
+        with self._cursor(self._blocks) as cursor:
+            found = cursor.getmulti(list(blocks))
+        return {BlockId(key): _unpack(value) for key, value in found if self._genuine(key, value)}
+
+    def children(self, parent: BlockId) -> list[tuple[bytes, BlockId]]:
+        """(token bytes, block) of every child, sorted by token bytes. The list is a shared one: do not change it."""
+        known = self._siblings.get(parent)
+        if known is not None:
+            return known
+        found: list[tuple[bytes, BlockId]] = []
+        with self._cursor(self._children) as cursor:
+            more = cursor.set_range(parent)
+            while more and (key := cursor.key()).startswith(parent):
+                tokens = self._open_tokens(key, cursor.value())
+                if tokens is not None:
+                    found.append((tokens, BlockId(key[_ID_BYTES:])))
+                more = cursor.next()
+        found.sort()
+        self._siblings.put(parent, found)
+        return found
+
+    def child_tokens(self, parent: BlockId, block: BlockId) -> Tokens | None:
+        """Token ids of one block."""
+        with self._cursor(self._children) as cursor:
+            sealed = cursor.get(parent + block)
+        tokens = self._open_tokens(parent + block, sealed) if sealed is not None else None
+        return None if tokens is None else Tokens(tokens)
+
+    def entries(self) -> Iterator[tuple[BlockId, IndexEntry]]:
+        """Every genuine entry, as of now."""
+        with self._cursor(self._blocks) as cursor:
+            for key, value in cursor:
+                if self._genuine(key, value):
+                    yield BlockId(key), _unpack(value)
+
+    def ends(self) -> dict[int, int]:
+        with self._cursor(self._segments) as cursor:
+            signed = [(key, self._verified(key, value)) for key, value in cursor]
+        return {_U64.unpack(key)[0]: _SEGMENT.unpack(end)[0] for key, end in signed if end is not None}
+
+    def check(self) -> int:
+        """Read everything, by iteration and by key; IntegrityError at the first thing wrong. Returns the blocks.
+
+        Damage may crash or hang the process in here: only `check.py`'s child process calls it.
+        """
+        with self._env.begin() as txn:
+            for key, value in self._walk(txn, self._blocks):
+                if not self._genuine(key, value) or len(value) != _BLOCK.size + _MAC_BYTES:
+                    raise IntegrityError("index entry does not verify", reason="index")
+                if txn.get(_unpack(value).parent + key, db=self._children) is None:
+                    raise IntegrityError("index entry has no tokens", reason="index")
+            for key, value in self._walk(txn, self._children):
+                if self._open_tokens(key, value) is None:
+                    raise IntegrityError("index tokens do not verify", reason="index")
+            for key, value in self._walk(txn, self._segments):
+                if self._verified(key, value) is None:
+                    raise IntegrityError("index segment entry does not verify", reason="index")
+            blocks, children = (int(txn.stat(db)["entries"]) for db in (self._blocks, self._children))
+            if blocks != children:
+                raise IntegrityError("index tables do not agree", reason="index")
+        return blocks
+
+    def copy(self, path: Path) -> None:
+        """A compacted copy: every page is read and written anew."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self._env.copyfd(fd, compact=True)
+            os.fsync(fd)
+        except lmdb.Error as error:
+            raise _failed(error) from None
+        finally:
+            os.close(fd)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def apply(self, changes: Changes) -> None:
+        """All of it, durable when this returns, or TierError and nothing."""
+        dropped: list[tuple[BlockId, BlockId]] = []
+        try:
+            with self._env.begin(write=True) as txn:
+                for block in changes.removed:
+                    value = txn.pop(block, db=self._blocks)
+                    if value is not None:
+                        parent = _unpack(value).parent
+                        txn.delete(parent + block, db=self._children)
+                        dropped.append((parent, block))
+                for number in changes.gone:
+                    txn.delete(_U64.pack(number), db=self._segments)
+                for block, used_us in changes.used.items():
+                    self._touch(txn, block, used_us)
+                for block, (entry, tokens) in changes.added.items():
+                    txn.put(block, self._sign(block, _pack(entry)), db=self._blocks)
+                    key = entry.parent + block
+                    txn.put(key, self._xaes.seal(os.urandom(NONCE_BYTES), tokens.data, key), db=self._children)
+                for number, end in changes.ends.items():
+                    key = _U64.pack(number)
+                    txn.put(key, self._sign(key, _SEGMENT.pack(end)), db=self._segments)
+        except lmdb.Error as error:
+            raise _failed(error) from None
+        for parent, block in dropped:
+            self._siblings.discard(parent, block)
+        for block, (entry, tokens) in changes.added.items():
+            self._siblings.add(entry.parent, tokens.data, block)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _touch(self, txn: Any, block: BlockId, used_us: int) -> None:
+        value = txn.get(block, db=self._blocks)
+        if value is not None and self._genuine(block, value):
+            fields = list(_BLOCK.unpack_from(value))
+            fields[4] = used_us
+            txn.put(block, self._sign(block, _BLOCK.pack(*fields)), db=self._blocks)
+
+    @contextmanager
+    def _cursor(self, db: Any) -> Iterator[Any]:
+        try:
+            with self._env.begin() as txn, txn.cursor(db) as cursor:
+                yield cursor
+        except lmdb.Error as error:
+            raise _failed(error) from None
+
+    @staticmethod
+    def _walk(txn: Any, db: Any) -> Iterator[tuple[bytes, bytes]]:
+        previous, count = b"", 0
+        with txn.cursor(db) as cursor:
+            for key, value in cursor:
+                if key <= previous or txn.get(key, db=db) != value:
+                    raise IntegrityError("index is out of order", reason="index")
+                previous, count = key, count + 1
+                yield key, value
+        if count != txn.stat(db)["entries"]:
+            raise IntegrityError("index counts do not agree", reason="index")
+
+    # --- authenticity --------------------------------------------------------------------------------------------
+
+    def _sign(self, key: bytes, value: bytes) -> bytes:
+        mac = self._mac.copy()
+        mac.update(key + value)
+        return value + mac.digest()
+
+    def _genuine(self, key: bytes, signed: bytes) -> bool:
+        mac = self._mac.copy()
+        mac.update(key + signed[:-_MAC_BYTES])
+        return hmac.compare_digest(mac.digest(), signed[-_MAC_BYTES:])
+
+    def _verified(self, key: bytes, signed: bytes | None) -> bytes | None:
+        if signed is None or not self._genuine(key, signed):
+            return None
+        return signed[:-_MAC_BYTES]
+
+    def _open_tokens(self, key: bytes, sealed: bytes) -> bytes | None:
+        try:
+            return self._xaes.open(sealed, key)
+        except IntegrityError:
+            return None
+
+
+def _derive(index_key: bytes, purpose: bytes) -> bytes:
+    return hmac.digest(index_key, b"kva/index/v1" + purpose, "sha256")
+
+
+def _pack(entry: IndexEntry) -> bytes:
+    extent = entry.extent
+    return _BLOCK.pack(
+        extent.segment,
+        extent.offset,
+        extent.length,
+        entry.start,
+        entry.used_us,
+        entry.payload_bytes,
+        entry.n_tokens,
+        entry.parent,
+    )
+
+
+def _unpack(value: bytes) -> IndexEntry:
+    segment, offset, length, start, used_us, payload, n_tokens, parent = _BLOCK.unpack_from(value)
+    return IndexEntry(Extent(segment, offset, length), payload, n_tokens, start, BlockId(parent), used_us)
+
+
+def _failed(error: lmdb.Error) -> TierError:
+    kind = TierFull if isinstance(error, (lmdb.MapFullError, lmdb.DiskError)) else TierIO
+    return kind(f"index: {type(error).__name__}")

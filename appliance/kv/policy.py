@@ -1,0 +1,81 @@
+"""Which blocks a tier forgets first. A pure object: no clock, no I/O; its owner serialises calls.
+
+Invariant: `evict` never names a protected block and never names fewer than asked unless it says there are not enough.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Container, Iterator
+
+from appliance.types import BlockId
+
+
+class EvictionPolicy(ABC):
+    @abstractmethod
+    def add(self, block: BlockId, parent: bytes) -> None:
+        """A block the tier now holds; newer than all others. `parent` may be a block the tier does not hold."""
+
+    @abstractmethod
+    def touch(self, leaf: BlockId) -> None:
+        """The prefix that ends with `leaf` was used: of its blocks the first becomes the newest."""
+
+    @abstractmethod
+    def remove(self, block: BlockId) -> None:
+        """The tier no longer holds it. Unknown blocks are ignored."""
+
+    @abstractmethod
+    def evict(self, n: int, protected: Container[BlockId] = ()) -> list[BlockId]:
+        """The n blocks to forget first, none of them protected; empty if there are not n. Changes nothing."""
+
+    @abstractmethod
+    def oldest_first(self) -> Iterator[BlockId]:
+        """All blocks in the order of eviction."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __contains__(self, block: object) -> bool: ...
+
+
+class LeafFirstLru(EvictionPolicy):
+    """Least recently used, deeper blocks of a prefix before shallower ones.
+
+    A touched prefix gives deeper blocks the older place, so that leaf-first falls out of plain LRU order.
+    """
+
+    def __init__(self) -> None:
+        self._parents: OrderedDict[BlockId, bytes] = OrderedDict()  # oldest first
+
+    def add(self, block: BlockId, parent: bytes) -> None:
+        self._parents[block] = parent
+        self._parents.move_to_end(block)
+
+    def touch(self, leaf: BlockId) -> None:
+        block: BlockId | None = leaf
+        while block is not None and (parent := self._parents.get(block)) is not None:
+            self._parents.move_to_end(block)
+            block = BlockId(parent)
+
+    def remove(self, block: BlockId) -> None:
+        self._parents.pop(block, None)
+
+    def evict(self, n: int, protected: Container[BlockId] = ()) -> list[BlockId]:
+        chosen: list[BlockId] = []
+        for block in self._parents:
+            if len(chosen) == n:
+                break
+            if block not in protected:
+                chosen.append(block)
+        return chosen if len(chosen) == n else []
+
+    def oldest_first(self) -> Iterator[BlockId]:
+        return iter(self._parents)
+
+    def __len__(self) -> int:
+        return len(self._parents)
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._parents

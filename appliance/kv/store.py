@@ -1,0 +1,351 @@
+"""The KV store across tiers: names, finds, stages and writes behind (the contract is base.py).
+
+Invariant: a block is in DRAM (`DramTable`), below (`Below`), both or neither; both tables change on the event loop only,
+so a lookup sees one moment. Bytes move on the transfer pool's threads. Threading: event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from appliance.api.control import VerifyProgress
+from appliance.kv.base import Hit, KVStore, Lookup, LookupState, NewBlock, PoolShape, Reservation, Staged
+from appliance.kv.below import Below
+from appliance.kv.keys import block_id, chain, chain_root
+from appliance.kv.policy import LeafFirstLru
+from appliance.kv.record import RecordIdentity
+from appliance.kv.recovery import Recovered
+from appliance.kv.siblings import longest_common
+from appliance.kv.stage import Limits, Stage
+from appliance.kv.tiers.dram import DramPool, DramTable, Entry, SlotState
+from appliance.kv.tiers.sealed import Plain, SealedTier
+from appliance.kv.transfer import TransferPool
+from appliance.kv.verify import verify
+from appliance.kv.write_behind import WriteBehind
+from appliance.security.keyring import Keyring
+from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
+
+T = TypeVar("T")
+
+_FIRST_CHUNK = 32
+
+
+class TieredStore(KVStore):
+    def __init__(
+        self,
+        *,
+        keyring: Keyring,
+        fingerprint: Fingerprint,
+        layout: BlockLayout,
+        pool: DramPool,
+        transfers: TransferPool,
+        sealed: SealedTier | None,
+        recovered: Recovered | None,
+        write_behind_bytes: int,
+        read_bytes: int,
+        clock: Callable[[], float],
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`sealed` and `recovered` go together; without them blocks live in DRAM only and `notes` say why."""
+        self.pool: PoolShape = pool.partition(layout.slot_bytes)
+        self._keyring = keyring
+        self._fingerprint = fingerprint
+        self._layout = layout
+        self._memory = pool
+        self._transfers = transfers
+        self._write_behind_bytes = write_behind_bytes
+        self._limits = Limits(read_bytes, transfers.threads + 2)
+        self._clock = clock
+        self._notes = tuple(notes)
+        self._counts: Counter[str] = Counter()
+        self._promised_bytes = 0
+        self._reserve_turn = asyncio.Lock()
+        self._dram = DramTable(pool, self.pool, LeafFirstLru())
+        self._below: Below | None = None
+        self._writer: WriteBehind | None = None
+        self._recovered = recovered
+        if sealed is not None and recovered is not None:
+            self._below = Below(sealed, recovered, transfers, layout, self._counts, clock)
+            self._writer = WriteBehind(self._dram, self._below, layout, self._plain, self._counts)
+
+    # --- finding ---------------------------------------------------------------------------------------------------
+
+    def root(self, ns: Namespace) -> bytes:
+        return chain_root(self._hash_key(ns), ns, self._fingerprint, self._layout.block_tokens)
+
+    def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
+        size = self._layout.block_tokens
+        names = self._names(ns, tokens)
+        ids = names[1:]
+        payload_bytes = self._layout.payload_bytes(size)
+        hits: list[Hit] = []
+        reach = 0  # ids[:reach] were found: in DRAM one by one, below in chunks
+        for n, block in enumerate(ids):
+            entry = self._dram.get(block)
+            if entry is None and n >= reach:
+                reach = n + self._present_below(ids, n)
+                if reach == n:
+                    break
+            tier, state = _where(entry)
+            hits.append(Hit(block, names[n], n * size, size, size, tier, state, payload_bytes))
+        partial = self._partial(names[len(hits)], tokens, len(hits) * size)
+        return Lookup(tuple(hits) if partial is None else (*hits, partial))
+
+    def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
+        size = self._layout.block_tokens
+        names = self._names(ns, tokens)
+        below = self._below.entries(names[1:]) if self._below and self._below.loads.allows else {}
+        found = [
+            NewBlock(block, names[n], n * size, tokens[n * size : (n + 1) * size])
+            for n, block in enumerate(names[1:])
+            if block not in below and self._dram.get(block) is None
+        ]
+        start = (len(names) - 1) * size
+        tail = tokens[start:]
+        if len(tail) and not self._covered(names[-1], tail):
+            found.append(NewBlock(block_id(self._hash_key(ns), names[-1], tail), names[-1], start, tail))
+        return found
+
+    def _names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
+        """The namespace's root and the ids of the full blocks: names[n] is the parent of block n."""
+        root = self.root(ns)
+        return [BlockId(root), *chain(self._hash_key(ns), root, tokens, self._layout.block_tokens)]
+
+    def _present_below(self, ids: Sequence[BlockId], start: int) -> int:
+        """How many blocks from `start` on can be loaded, looking at most a growing chunk beyond the last one found."""
+        if self._below is None or not self._below.loads.allows:
+            return 0
+        done, chunk = 0, _FIRST_CHUNK
+        while True:
+            wanted = ids[start + done : start + done + chunk]
+            found = self._below.present(wanted)
+            done += found
+            if found < len(wanted) or not wanted:
+                return done
+            chunk *= 4
+
+    def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
+        """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
+        rest = tokens[start : start + self._layout.block_tokens]
+        best: tuple[int, BlockId, int] | None = None
+        for entry in self._dram.children(parent):
+            shared = entry.tokens.common_prefix(rest)
+            if shared and (best is None or shared > best[0]):
+                best = (shared, entry.block, len(entry.tokens))
+        if self._below is not None and self._below.loads.allows and len(rest):
+            nearest = longest_common(self._below.children(parent), rest)
+            if nearest is not None and (best is None or nearest[0] > best[0]):
+                indexed = self._below.entries([nearest[1]]).get(nearest[1])
+                if indexed is not None:
+                    best = (nearest[0], nearest[1], indexed.n_tokens)
+        if best is None:
+            return None
+        shared, block, n_tokens = best
+        tier, state = _where(self._dram.get(block))
+        return Hit(block, parent, start, n_tokens, shared, tier, state, self._layout.payload_bytes(n_tokens))
+
+    def _covered(self, parent: BlockId, tokens: Tokens) -> bool:
+        """Whether a child of `parent` begins with these tokens."""
+        hit = self._partial(parent, tokens, 0)
+        return hit is not None and hit.use_tokens == len(tokens)
+
+    # --- staging ---------------------------------------------------------------------------------------------------
+
+    async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
+        if not hits:
+            return
+        used_us = self._now_us()
+        blocks = [hit.block for hit in hits]
+        self._dram.touch(blocks, used_us)
+        if self._below is not None:
+            self._below.touch(blocks, used_us)
+        staging = Stage(
+            self._dram,
+            self._below,
+            self._plain,
+            self._limits,
+            ns=ns,
+            hash_key=self._hash_key(ns),
+            tokens=tokens,
+            hits=hits,
+            used_us=used_us,
+        )
+        runs = staging.runs()
+        try:
+            async for staged in runs:
+                if not staged.seconds:
+                    self._counts['load_bytes_total{tier="dram"}'] += staged.nbytes
+                yield staged
+        finally:
+            await runs.aclose()
+
+    def unpin(self, staged: Staged) -> None:
+        for hit in staged.hits:
+            entry = self._dram.get(hit.block)
+            assert entry is not None, "a pinned block stays"
+            self._dram.unpin(entry)
+
+    # --- storing ---------------------------------------------------------------------------------------------------
+
+    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
+        reserved: list[Reservation] = []
+        try:
+            async with self._reserve_turn:
+                for new in blocks:
+                    while not self._stored(new) and not self._room_for(new):
+                        if reserved and not (self._writer and self._writer.pending_blocks):
+                            return reserved  # only what this call or a pin holds is in the way
+                        await self._dram.change()
+                    if not self._stored(new):
+                        state, now_us = SlotState.RESERVED, self._now_us()
+                        entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
+                        self._promised_bytes += self._payload_bytes(new)
+                        reserved.append(Reservation(new, entry.slot))
+        except BaseException:
+            self.abort(reserved)
+            raise
+        return reserved
+
+    def commit(self, reservations: Sequence[Reservation]) -> None:
+        for entry in self._ended(reservations):
+            if self._writer is None:
+                self._dram.set_state(entry, SlotState.CLEAN)
+            else:
+                self._dram.set_state(entry, SlotState.DIRTY)
+                self._writer.put(entry)
+            self._drop_superseded(entry)
+        if reservations:
+            blocks = [reservation.new.block for reservation in reservations]
+            self._dram.touch(blocks, self._now_us())
+
+    def abort(self, reservations: Sequence[Reservation]) -> None:
+        for entry in self._ended(reservations):
+            self._dram.drop(entry)
+
+    def _ended(self, reservations: Sequence[Reservation]) -> Iterator[Entry]:
+        for reservation in reservations:
+            entry = self._dram.get(reservation.new.block)
+            assert entry is not None, "a reservation ends once"
+            assert entry.state is SlotState.RESERVED, "a reservation ends once"
+            self._promised_bytes -= self._payload_bytes(reservation.new)
+            yield entry
+
+    def _drop_superseded(self, entry: Entry) -> None:
+        """Tails in DRAM whose tokens the new block begins with; below they go with its record."""
+        for other in list(self._dram.children(entry.parent)):
+            n = len(other.tokens)
+            if n < len(entry.tokens) and other.tokens == entry.tokens[:n] and not other.pins:
+                unwritten = self._writer is not None and self._writer.withdraw(other)
+                if unwritten or self._dram.evictable(other):
+                    self._dram.drop(other)
+
+    def _stored(self, new: NewBlock) -> bool:
+        """Whether some tier holds the block or will, or holds all of it in a longer one."""
+        if self._dram.get(new.block) is not None:
+            return True
+        if self._below is not None and self._below.loads.allows and new.block in self._below:
+            return True
+        return len(new.tokens) < self._layout.block_tokens and self._covered(new.parent, new.tokens)
+
+    def _room_for(self, new: NewBlock) -> bool:
+        """Whether a slot is to be had and write-behind stays within its bound, or is empty."""
+        waiting = self._promised_bytes + (self._writer.dirty_bytes if self._writer else 0)
+        return self._dram.has_room() and (
+            not waiting or waiting + self._payload_bytes(new) <= self._write_behind_bytes or self._writer is None
+        )
+
+    # --- upkeep ----------------------------------------------------------------------------------------------------
+
+    def evict_dram(self) -> int:
+        victims = [
+            entry
+            for entry in self._dram.entries()
+            if self._dram.evictable(entry) and self._below is not None and entry.block in self._below
+        ]
+        for entry in victims:
+            self._dram.drop(entry)
+        return len(victims)
+
+    def usage(self) -> list[TierUsage]:
+        entries = list(self._dram.entries())
+        used = [entry.used_us for entry in entries]
+        now_us = self._now_us()
+        dram = TierUsage(
+            tier=Tier.DRAM,
+            capacity_bytes=self.pool.slots * self.pool.slot_bytes,
+            used_bytes=len(entries) * self.pool.slot_bytes,
+            blocks=len(entries),
+            tokens=sum(len(entry.tokens) for entry in entries),
+            pending_blocks=sum(not entry.state.readable for entry in entries),
+            notes=self._memory.notes,
+            oldest_s=max(0, now_us - min(used)) / 1e6 if used else None,
+            newest_s=max(0, now_us - max(used)) / 1e6 if used else None,
+        )
+        if self._below is None or self._writer is None:
+            return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off", notes=self._notes)]
+        nvme = self._below.usage(self._writer.pending_blocks)
+        return [dram, replace(nvme, notes=(*nvme.notes, *self._notes))]
+
+    def counters(self) -> Mapping[str, float]:
+        return {**self._counts, 'evicted_blocks_total{tier="dram"}': self._dram.evicted}
+
+    async def verify(self, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
+        """Open every record and cross-check the index while serving; `repair` drops what is bad."""
+        below, loop = self._below, asyncio.get_running_loop()
+        if below is None or self._recovered is None:
+            return
+
+        def drop(blocks: Sequence[BlockId]) -> None:
+            asyncio.run_coroutine_threadsafe(below.drop(blocks), loop).result()
+
+        steps = verify(below.sealed, self._recovered, drop=drop if repair else None)
+        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+            yield step
+
+    async def flush(self, timeout_s: float) -> bool:
+        if self._writer is None:
+            return True
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._writer.drain(), timeout_s)
+        return self._writer.all_durable
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            await self._writer.close()
+        if self._below is not None:
+            await self._below.close()
+        await asyncio.to_thread(self._transfers.close)
+
+    def _plain(self, entry: Entry) -> Plain:
+        identity = RecordIdentity(
+            tenant=entry.ns.tenant,
+            ns=entry.ns.name,
+            block=entry.block,
+            parent=entry.parent,
+            start=entry.start,
+            tokens=entry.tokens,
+            fingerprint=self._fingerprint,
+        )
+        return Plain(identity, self._memory.view(entry.slot))
+
+    def _hash_key(self, ns: Namespace) -> bytes:
+        return self._keyring.tenant(ns.tenant).hash_key
+
+    def _payload_bytes(self, new: NewBlock) -> int:
+        return self._layout.payload_bytes(len(new.tokens))
+
+    def _now_us(self) -> int:
+        return int(self._clock() * 1e6)
+
+
+def _where(entry: Entry | None) -> tuple[Tier, LookupState]:
+    if entry is None:
+        return Tier.NVME, LookupState.HIT
+    if entry.state.readable:
+        return Tier.DRAM, LookupState.HIT
+    return (Tier.NVME if entry.state is SlotState.LOADING else Tier.DRAM), LookupState.PENDING

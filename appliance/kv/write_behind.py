@@ -1,0 +1,148 @@
+"""Write-behind: committed blocks wait here, readable, until their records are durable.
+
+Invariant: dirty_bytes is the payload of committed blocks whose fate is open; the store keeps it within its bound. What
+cannot be written stays in DRAM, evictable, and is tried again when the medium may have recovered. Threading: event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from appliance.errors import TierError, TierFull
+from appliance.kv.below import Below
+from appliance.kv.tiers.dram import DramTable, Entry, SlotState
+from appliance.kv.tiers.sealed import Plain
+from appliance.types import BlockId, BlockLayout
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 64 * 2**20
+"""Payload made durable by one index transaction."""
+
+
+class WriteBehind:
+    def __init__(
+        self,
+        dram: DramTable,
+        below: Below,
+        layout: BlockLayout,
+        plain: Callable[[Entry], Plain],
+        counts: Counter[str],
+    ) -> None:
+        self._dram = dram
+        self._below = below
+        self._layout = layout
+        self._plain = plain
+        self._counts = counts
+        self._queue: dict[BlockId, Entry] = {}
+        self._unsaved: dict[BlockId, Entry] = {}
+        self._writing = 0
+        self._work = asyncio.Event()
+        self._retry: asyncio.TimerHandle | None = None
+        self._task = asyncio.ensure_future(self._run())
+        self.dirty_bytes = 0
+
+    @property
+    def pending_blocks(self) -> int:
+        return len(self._queue) + self._writing
+
+    @property
+    def all_durable(self) -> bool:
+        return not self.pending_blocks and not any(self._is_unsaved(entry) for entry in self._unsaved.values())
+
+    def put(self, entry: Entry) -> None:
+        """A DIRTY block."""
+        self._queue[entry.block] = entry
+        self.dirty_bytes += self._payload_bytes(entry)
+        self._work.set()
+
+    def withdraw(self, entry: Entry) -> bool:
+        """Not worth writing any more; False if its record is being written already."""
+        if self._queue.pop(entry.block, None) is None:
+            return False
+        self.dirty_bytes -= self._payload_bytes(entry)
+        return True
+
+    async def drain(self) -> None:
+        """Until nothing waits or is being written."""
+        while self.pending_blocks:
+            await self._dram.change()
+
+    async def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self._work.wait()
+            batch = self._next_batch()
+            if not batch:
+                self._work.clear()
+                continue
+            self._writing = len(batch)
+            reason = await self._below.spawn(self._write(batch))
+            self._writing = 0
+            for entry in batch:
+                self.dirty_bytes -= self._payload_bytes(entry)
+                self._dram.set_state(entry, SlotState.CLEAN)
+            if reason is None:
+                self._requeue()
+            else:
+                self._unsaved.update((entry.block, entry) for entry in batch)
+                self._counts[f'store_failures_total{{tier="nvme",reason="{reason}"}}'] += len(batch)
+
+    async def _write(self, batch: list[Entry]) -> str | None:
+        """None if the batch is durable, else why not."""
+        stores = self._below.stores
+        if not stores.allows:
+            return "degraded"
+        try:
+            await self._below.store([self._plain(entry) for entry in batch])
+        except TierError as error:
+            reason = "full" if isinstance(error, TierFull) else "io"
+            retry_s = stores.failed()
+            log.warning("%d blocks stay in DRAM only, next try in %.0f s: %s", len(batch), retry_s, error)
+            self._retry_in(retry_s)
+            return reason
+        stores.worked()
+        return None
+
+    def _next_batch(self) -> list[Entry]:
+        """The oldest waiting blocks, of one tenant."""
+        batch: list[Entry] = []
+        nbytes = 0
+        for entry in self._queue.values():
+            if batch and (entry.ns.tenant != batch[0].ns.tenant or nbytes >= BATCH_BYTES):
+                break
+            batch.append(entry)
+            nbytes += self._payload_bytes(entry)
+        for entry in batch:
+            del self._queue[entry.block]
+        return batch
+
+    def _retry_in(self, delay_s: float) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(delay_s, self._requeue)
+
+    def _requeue(self) -> None:
+        """One batch of what could not be written; the next one follows if that works."""
+        nbytes = 0
+        while self._unsaved and nbytes < BATCH_BYTES:
+            block = next(iter(self._unsaved))
+            entry = self._unsaved.pop(block)
+            if self._is_unsaved(entry):
+                self._dram.set_state(entry, SlotState.DIRTY)
+                self.put(entry)
+                nbytes += self._payload_bytes(entry)
+
+    def _is_unsaved(self, entry: Entry) -> bool:
+        return self._dram.get(entry.block) is entry and entry.block not in self._below
+
+    def _payload_bytes(self, entry: Entry) -> int:
+        return self._layout.payload_bytes(len(entry.tokens))
