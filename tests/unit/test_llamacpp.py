@@ -49,7 +49,7 @@ def export(engine: Engine, seq: int, start: int, sizes: list[int]) -> list[bytea
 
 
 def restore(engine: Engine, seq: int, start: int, sizes: list[int], payloads: list[bytearray], use: int = 0) -> None:
-    uses = sizes[:-1] + [use or sizes[-1]]
+    uses = [*sizes[:-1], use or sizes[-1]]
     blocks = zip(sizes, uses, map(memoryview, payloads), strict=True)
     engine.restore(seq, start, list(blocks))
 
