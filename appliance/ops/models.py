@@ -124,9 +124,11 @@ def pull(home: Path, repo: str, file: str) -> Model:
         fetched = hf_hub_download(repo_id=repo, filename=file, local_dir=staging)
     except Exception as error:  # noqa: BLE001  the hub client raises errors of its HTTP library as they come
         raise ModelDownloadError(f"cannot download {file} from {repo}: {_cause(error)}") from None
-    check(Path(fetched))
-    os.replace(fetched, target)
-    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        check(Path(fetched))
+        os.replace(fetched, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return _model(target)
 
 
