@@ -30,25 +30,31 @@ CONNECT_S = 5.0
 ADMIN_S = 120.0
 """Longest silence of the admin API: between two progress lines a block is moved or a chunk prefilled."""
 
+C = TypeVar("C", bound="_Client")
 M = TypeVar("M", bound=BaseModel)
 
 
-class _Http:
-    """An httpx client whose failures are ours. `absent` makes the error for nobody listening."""
+class _Client:
+    """HTTP whose failures are ours. `absent` makes the error for nobody listening."""
 
     def __init__(self, http: httpx.Client, absent: Callable[[], Exception]) -> None:
         self._http = http
         self._absent = absent
 
-    def close(self) -> None:
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._http.close()
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         with self._open(method, path, body) as response:
             response.read()
             return _json(response.text)
 
-    def lines(
+    def _lines(
         self, method: str, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> Iterator[str]:
         with self._open(method, path, body, headers) as response:
@@ -98,7 +104,7 @@ def _refusal(response: httpx.Response) -> Exception:
     return ApiError(message)
 
 
-class AdminClient:
+class AdminClient(_Client):
     """One method per operation of appliance/api/control.py. NotRunning or NotInitialised if nobody answers."""
 
     def __init__(self, home: Path) -> None:
@@ -106,24 +112,16 @@ class AdminClient:
         transport = httpx.HTTPTransport(uds=str(admin_socket(home)))
         timeout = httpx.Timeout(ADMIN_S, connect=CONNECT_S)
         client = httpx.Client(transport=transport, base_url="http://appliance", timeout=timeout)
-        self._http = _Http(client, lambda: _absent(home))
-
-    def __enter__(self) -> AdminClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._http.close()
+        super().__init__(client, lambda: _absent(home))
 
     def status(self) -> control.Status:
-        return _parse(control.Status, self._http.request("GET", "/v1/admin/status"))
+        return _parse(control.Status, self._request("GET", "/v1/admin/status"))
 
     def store(self) -> control.StoreOverview:
-        return _parse(control.StoreOverview, self._http.request("GET", "/v1/admin/store"))
+        return _parse(control.StoreOverview, self._request("GET", "/v1/admin/store"))
 
     def inspect(self, prompt: control.PromptRef) -> control.PromptInspection:
-        return _parse(control.PromptInspection, self._http.request("POST", "/v1/admin/inspect", prompt.model_dump()))
+        return _parse(control.PromptInspection, self._request("POST", "/v1/admin/inspect", prompt.model_dump()))
 
     def prefetch(self, request: control.PrefetchRequest) -> Iterator[control.PrefetchProgress]:
         return self._stream(control.PrefetchProgress, "/v1/admin/prefetch", request)
@@ -133,16 +131,16 @@ class AdminClient:
 
     def evict(self, tier: Literal["hbm", "dram"]) -> control.EvictResult:
         request = control.EvictRequest(tier=tier)
-        return _parse(control.EvictResult, self._http.request("POST", "/v1/admin/evict", request.model_dump()))
+        return _parse(control.EvictResult, self._request("POST", "/v1/admin/evict", request.model_dump()))
 
     def tenants(self) -> control.TenantList:
-        return _parse(control.TenantList, self._http.request("GET", "/v1/admin/tenants"))
+        return _parse(control.TenantList, self._request("GET", "/v1/admin/tenants"))
 
     def add_tenant(self, request: control.TenantAdd) -> control.TenantAdded:
-        return _parse(control.TenantAdded, self._http.request("POST", "/v1/admin/tenants", request.model_dump()))
+        return _parse(control.TenantAdded, self._request("POST", "/v1/admin/tenants", request.model_dump()))
 
     def _stream(self, model: type[M], path: str, body: BaseModel) -> Iterator[M]:
-        for line in self._http.lines("POST", path, body.model_dump()):
+        for line in self._lines("POST", path, body.model_dump()):
             if line:
                 yield _parse(model, _or_error(_json(line)))
 
@@ -205,7 +203,7 @@ def _unheard(text: str) -> None:
     """For callers that want the whole answer only."""
 
 
-class PublicClient:
+class PublicClient(_Client):
     """The OpenAI API of the appliance, as much of it as `kvctl` needs, with the key of the home's client.toml.
 
     It is sent to the appliance running on this home; to the base_url of client.toml if none does, as a home may hold
@@ -225,18 +223,10 @@ class PublicClient:
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             trust_env=False,
         )
-        self._http = _Http(client, lambda: NotRunning(f"nothing answers at {base_url}; start it with: kvctl serve"))
-
-    def __enter__(self) -> PublicClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._http.close()
+        super().__init__(client, lambda: NotRunning(f"nothing answers at {base_url}; start it with: kvctl serve"))
 
     def tokenize(self, text: str) -> list[int]:
-        tokens: list[int] = self._http.request("POST", "/tokenize", {"content": text})["tokens"]
+        tokens: list[int] = self._request("POST", "/tokenize", {"content": text})["tokens"]
         return tokens
 
     def chat(
@@ -255,7 +245,7 @@ class PublicClient:
         finish_reason: str | None = None
         started_s = time.perf_counter()
         first_s = end_s = None
-        for line in self._http.lines("POST", path, body, {"x-kvctl-explain": "1"}):
+        for line in self._lines("POST", path, body, {"x-kvctl-explain": "1"}):
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = _or_error(_json(line.removeprefix("data: ")))

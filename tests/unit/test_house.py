@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import zipfile
 from pathlib import Path
 
+import pytest
 import tomli
 from hatchling.builders.wheel import WheelBuilder
 
@@ -69,3 +71,9 @@ def test_setup_refuses_an_unknown_gpu() -> None:
     result = subprocess.run(["bash", str(SETUP), "cuba"], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "make setup: GPU=cuba is not known; use GPU=cuda, rocm, vulkan, metal or cpu\n"
+
+
+def test_no_test_can_leave_this_machine() -> None:
+    for address in (("192.0.2.1", 80), ("example.invalid", 80)):
+        with pytest.raises(AssertionError, match="a test tried to"):
+            socket.create_connection(address, timeout=0.1)
