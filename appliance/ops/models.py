@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ from appliance.ops.gguf_check import Summary, check
 FOLDER = "models"
 DIGESTS = ".sha256.json"
 CHUNK_BYTES = 1 << 22
+
+_OFFLINE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "LocalEntryNotFoundError", "OfflineModeIsEnabled")
+"""Errors of the hub client and its HTTP library that mean it could not be reached."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ def pull(home: Path, repo: str, file: str) -> Model:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ModelDownloadError('downloading needs an extra: pip install "kvctl[hub]"') from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
     target = folder(home) / f"{Path(file).stem}.gguf"
     if target.exists():
         raise ModelDownloadError(f"{target} exists already; remove it first")
@@ -159,9 +165,7 @@ def _cause(error: BaseException) -> str:
     """The reason in one line, from the innermost error that says something about the network."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno:
-            return "no network, or the hub cannot be reached"
-        if type(seen).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"):
+        if isinstance(seen, (ConnectionError, TimeoutError, socket.gaierror)) or type(seen).__name__ in _OFFLINE:
             return "no network, or the hub cannot be reached"
         seen = seen.__cause__ or seen.__context__
     lines = str(error).strip().splitlines()

@@ -200,6 +200,13 @@ def test_pull_without_network_or_extra_is_one_line(tmp_path: Path, monkeypatch: 
     with pytest.raises(ModelDownloadError, match="no network") as caught:
         models.pull(tmp_path, "some/repo", "m.gguf")
     assert "\n" not in str(caught.value)
+
+    def full(**_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    hub(monkeypatch, full)
+    with pytest.raises(ModelDownloadError, match="No space"):
+        models.pull(tmp_path, "some/repo", "m.gguf")
     real = builtins.__import__
 
     def missing(name: str, *rest: Any) -> Any:
