@@ -263,3 +263,13 @@ def test_init_says_what_it_made_and_then_that_all_was_there(kvctl: Kvctl, home: 
     assert second.code == ExitCode.OK
     assert "nothing: all was there" in second.out
     assert "kvctl serve" in second.err
+
+
+def test_verify_of_a_stopped_appliance(kvctl: Kvctl, home: Path) -> None:
+    assert kvctl("verify").code == ExitCode.NOT_INITIALISED
+    assert kvctl("init").code == ExitCode.OK
+    result = kvctl("verify", "--json")
+    assert result.code == ExitCode.OK
+    report = control.VerifyReport.model_validate(result.json)
+    assert (report.clean, report.records) == (True, 0)
+    assert kvctl("verify").out.splitlines()[-1].strip() == "clean"
