@@ -214,17 +214,20 @@ class RequestRun:
 
     async def _export(self, tokens: Tokens) -> None:
         missing = self._store.missing(self.request.ns, tokens)
-        for at in range(0, len(missing), EXPORT_RUN):
-            reserved = await self._store.reserve(self.request.ns, missing[at : at + EXPORT_RUN])
-            if not reserved:
+        while missing:
+            reserved = await self._store.reserve(self.request.ns, missing[:EXPORT_RUN])
+            if not reserved:  # others store all of these
+                missing = missing[EXPORT_RUN:]
                 continue
+            missing = missing[missing.index(reserved[-1].new) + 1 :]
             try:
                 await self._engine.export(self._id, [(r.new.start, len(r.new.tokens), r.slot) for r in reserved])
-            except BaseException as error:
+            except EngineError as error:
                 self._store.abort(reserved)
-                if isinstance(error, EngineError):
-                    log.warning("export failed, %d blocks are not stored: %s", len(missing) - at, error)
-                    return
+                log.warning("export failed, %d blocks are not stored: %s", len(reserved) + len(missing), error)
+                return
+            except BaseException:
+                self._store.abort(reserved)
                 raise
             self._store.commit(reserved)
 

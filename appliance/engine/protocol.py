@@ -68,7 +68,7 @@ class EngineStats:
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    body = msgpack.packb(message, use_bin_type=True)
+    body: bytes = msgpack.packb(message, use_bin_type=True)
     return LENGTH.pack(len(body)) + body
 
 

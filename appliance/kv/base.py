@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from appliance.api.control import VerifyProgress
 from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
 
 
@@ -102,7 +103,8 @@ class PoolShape:
 
 
 class KVStore(ABC):
-    pool: PoolShape
+    pool: PoolShape | None
+    """None: this store never moves a block."""
 
     @abstractmethod
     def root(self, ns: Namespace) -> bytes:
@@ -129,8 +131,12 @@ class KVStore(ABC):
 
     @abstractmethod
     async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
-        """Slots for new blocks, waiting while write-behind is at its bound. A block that another request stored or is
-        storing meanwhile is left out; so the list may be shorter, but keeps its order."""
+        """Slots for new blocks, waiting while write-behind is at its bound or no slot can be had.
+
+        Keeps the order, and may give fewer: a block that another request stored or is storing meanwhile is left out, and
+        a pool too small for all of them gives the first ones. Commit those, then ask missing() again. Empty only if
+        nothing is left to store.
+        """
 
     @abstractmethod
     def commit(self, reservations: Sequence[Reservation]) -> None:
@@ -150,6 +156,11 @@ class KVStore(ABC):
     @abstractmethod
     def counters(self) -> Mapping[str, float]:
         """Monotonic counters under their metric names without the `kvctl_` prefix; labels as `name{tier="nvme"}`."""
+
+    @abstractmethod
+    def verify(self, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
+        """Open every durable record and cross-check the index, while serving; the last step carries the report.
+        `repair` drops what is bad."""
 
     @abstractmethod
     async def flush(self, timeout_s: float) -> bool:

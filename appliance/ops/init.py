@@ -62,7 +62,7 @@ def _complete(home: Path, profile: Profile) -> InitResult:
         if first or not client.exists():
             api_key = keyring.add_tenant(FIRST_TENANT) if first else keyring.add_api_key(FIRST_TENANT)
             created.append(f'tenant "{FIRST_TENANT}"' if first else "API key")
-            settings = {"base_url": _base_url(profile.server), "api_key": api_key}
+            settings = {"base_url": f"{_base_url(profile.server)}/v1", "api_key": api_key}
             write_private(client, tomli_w.dumps(settings).encode())
             created.append("client settings")
     return InitResult(home, FIRST_TENANT, unlock, client, tuple(created))

@@ -1,0 +1,299 @@
+"""What the admin socket can ask, answered from runtime, store and keyring.
+
+Invariant: nothing here holds state of its own; a tenant's prompt is read to look it up and not kept. Event loop only;
+verification and keyring changes run in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance import __version__
+from appliance.api.control import (
+    EngineStatus,
+    EvictRequest,
+    EvictResult,
+    PrefetchProgress,
+    PrefetchRequest,
+    PromptInspection,
+    PromptRef,
+    Span,
+    Status,
+    StoreOverview,
+    TenantAdd,
+    TenantAdded,
+    TenantInfo,
+    TenantList,
+    TierStatus,
+    TierStore,
+    Totals,
+    VerifyProgress,
+    VerifyRequest,
+)
+from appliance.engine.client import EngineClient
+from appliance.engine.protocol import EngineStats
+from appliance.errors import EngineError, RequestError
+from appliance.kv.base import KVStore
+from appliance.runtime import PrefetchStep, Runtime
+from appliance.security.keyring import Keyring
+from appliance.server.base import Admin
+from appliance.server.metrics import Snapshot
+from appliance.types import Namespace, Tier, TierUsage, Tokens
+
+HEARTBEAT_S = 1.0
+STATS_S = 1.0
+"""Longest wait for a busy engine before the last known numbers are shown."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this appliance is."""
+
+    home: Path
+    base_url: str
+    started_s: float
+    """time.monotonic() at start."""
+    notes: tuple[str, ...]
+
+
+class ApplianceAdmin(Admin):
+    def __init__(self, runtime: Runtime, keyring: Keyring, place: Place) -> None:
+        self._runtime = runtime
+        self._engine: EngineClient = runtime.engine
+        self._store: KVStore = runtime.store
+        self._keyring = keyring
+        self._place = place
+        self._stats = EngineStats(self._engine.info.context_tokens, 0, 0, 0, 0, 0, 0)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> str:
+        if self._runtime.draining:
+            return "draining"
+        return "ready" if self._engine.pid is not None else "engine-restarting"
+
+    async def status(self) -> Status:
+        stats, info = await self._engine_stats(), self._engine.info
+        counters, totals = self._store.counters(), self._runtime.totals
+        return Status(
+            state=self.state(),
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._place.started_s,
+            home=str(self._place.home),
+            base_url=self._place.base_url,
+            running=self._runtime.running,
+            waiting=self._runtime.waiting,
+            rss_bytes=self._rss_bytes(),
+            engine=EngineStatus(
+                engine=info.engine,
+                pid=self._engine.pid,
+                restarts=self._engine.generation - 1,
+                model=info.model_name,
+                description=info.description,
+                kv_mode=info.kv_mode.value,
+                context_tokens=info.context_tokens,
+                threads=info.threads,
+                batch_threads=info.batch_threads,
+                decode_step_ms=info.decode_step_s * 1e3,
+                prefill_tokens_per_s=info.prefill_tokens_per_s,
+                kv_bytes_per_token=sum(info.layout.token_bytes),
+                weight_bytes=info.weight_bytes,
+                cell_bytes=info.cell_bytes,
+                sequences_resident=stats.sequences_resident,
+                notes=[*info.notes, *self._place.notes],
+            ),
+            tiers=[_tier_status(usage) for usage in self._tiers(stats)],
+            totals=Totals(
+                requests=totals.requests,
+                prompt_tokens=totals.prompt_tokens,
+                cached_tokens={tier.value: totals.cached.get(tier, 0) for tier in Tier},
+                completion_tokens=totals.completion_tokens,
+                integrity_failures=_sum(counters, "integrity_failures_total"),
+                tier_failures=_sum(counters, "tier_failures_total"),
+            ),
+        )
+
+    async def snapshot(self) -> Snapshot:
+        """For /metrics."""
+        stats = await self._engine_stats()
+        counters = {
+            **self._store.counters(),
+            "engine_restarts_total": float(self._engine.generation - 1),
+            "resident_evictions_total": float(stats.resident_evictions),
+        }
+        gauges = {
+            "running_requests": float(self._runtime.running),
+            "waiting_requests": float(self._runtime.waiting),
+            "resident_sequences": float(stats.sequences_resident),
+            "pinned_cells": float(stats.cells_pinned),
+        }
+        return Snapshot(self._tiers(stats), counters, gauges)
+
+    async def store(self) -> StoreOverview:
+        info = self._engine.info
+        tiers = [
+            TierStore(
+                tier=usage.tier.value,
+                state=usage.state,
+                blocks=usage.blocks,
+                tokens=usage.tokens,
+                used_bytes=usage.used_bytes,
+                capacity_bytes=usage.capacity_bytes,
+                oldest_s=usage.oldest_s,
+                newest_s=usage.newest_s,
+            )
+            for usage in self._tiers(await self._engine_stats())
+        ]
+        return StoreOverview(
+            model=info.model_name,
+            kv_mode=info.kv_mode.value,
+            block_tokens=info.layout.block_tokens,
+            kv_bytes_per_token=sum(info.layout.token_bytes),
+            tiers=tiers,
+            notes=[*info.notes, *(note for usage in self._store.usage() for note in usage.notes)],
+        )
+
+    async def _engine_stats(self) -> EngineStats:
+        with suppress(EngineError, asyncio.TimeoutError):  # restarting or busy: the last known numbers will do
+            self._stats = await asyncio.wait_for(self._engine.stats(), STATS_S)
+        return self._stats
+
+    def _tiers(self, stats: EngineStats) -> list[TierUsage]:
+        info = self._engine.info
+        per_token = info.cell_bytes // max(info.context_tokens, 1)
+        hbm = TierUsage(
+            tier=Tier.HBM,
+            capacity_bytes=info.cell_bytes,
+            used_bytes=stats.cells_used * per_token,
+            blocks=-(-stats.cells_used // info.layout.block_tokens),
+            tokens=stats.cells_used,
+        )
+        return [hbm, *self._store.usage()]
+
+    def _rss_bytes(self) -> int:
+        """Private and file-backed memory of both processes, less weights and cells; the pool is shared memory."""
+        info = self._engine.info
+        resident = sum(_resident_bytes(pid) for pid in (os.getpid(), self._engine.pid) if pid is not None)
+        return max(0, resident - info.weight_bytes - info.cell_bytes)
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+
+    async def inspect(self, prompt: PromptRef) -> PromptInspection:
+        tokens = await self._tokens(prompt)
+        inspection = await self._runtime.inspect(self._namespace(prompt), tokens)
+        spans = [
+            Span(start=start, stop=stop, tier=tier.value if tier else "none") for start, stop, tier in inspection.spans
+        ]
+        return PromptInspection(
+            prompt_tokens=len(tokens),
+            cached_tokens=sum(span.stop - span.start for span in spans if span.tier != "none"),
+            spans=spans,
+            estimated_ttft_warm_s=inspection.estimated_warm_s,
+            estimated_ttft_cold_s=inspection.estimated_cold_s,
+        )
+
+    async def prefetch(self, request: PrefetchRequest) -> AsyncGenerator[PrefetchProgress, None]:
+        tokens = await self._tokens(request)
+        started_s = time.monotonic()
+        steps = self._runtime.prefetch(self._namespace(request), tokens, to=Tier(request.to), compute=request.compute)
+        async with aclosing(_with_heartbeat(steps)) as beats:
+            async for step in beats:
+                yield PrefetchProgress(
+                    prompt_tokens=len(tokens),
+                    found={tier.value if tier else "none": count for tier, count in step.found.items()},
+                    moved_tokens=step.moved_tokens,
+                    computed_tokens=step.computed_tokens,
+                    moved_bytes=step.moved_bytes,
+                    seconds=time.monotonic() - started_s,
+                    done=step.done,
+                )
+
+    async def _tokens(self, prompt: PromptRef) -> Tokens:
+        if (prompt.messages is None) == (prompt.prompt is None):
+            raise RequestError("give either messages or prompt", param="messages")
+        if prompt.messages is not None:
+            tokens = await self._runtime.render(prompt.messages)
+        else:
+            tokens = await self._runtime.tokenize(prompt.prompt or "")
+        if not tokens:
+            raise RequestError("the prompt is empty", param="prompt")
+        if len(tokens) > self._engine.info.context_tokens:
+            limit = self._engine.info.context_tokens
+            raise RequestError(f"the prompt has {len(tokens)} tokens, the engine holds {limit}", param="prompt")
+        return tokens
+
+    def _namespace(self, prompt: PromptRef) -> Namespace:
+        self._keyring.tenant(prompt.tenant)  # StateError names an unknown tenant
+        return Namespace(prompt.tenant, salt=(prompt.cache_salt or "").encode())
+
+    # --- upkeep --------------------------------------------------------------------------------------------------
+
+    async def verify(self, request: VerifyRequest) -> AsyncGenerator[VerifyProgress, None]:
+        async with aclosing(self._store.verify(repair=request.repair)) as steps:
+            async for step in steps:
+                yield step
+
+    async def evict(self, request: EvictRequest) -> EvictResult:
+        return EvictResult(freed=await self._runtime.evict(Tier(request.tier)))
+
+    async def tenants(self) -> TenantList:
+        found = self._keyring.tenants()
+        return TenantList(
+            tenants=[TenantInfo(tenant=t.name, api_keys=len(t.api_keys), created=t.created) for t in found]
+        )
+
+    async def add_tenant(self, request: TenantAdd) -> TenantAdded:
+        api_key = await asyncio.to_thread(self._keyring.add_tenant, request.name)
+        return TenantAdded(tenant=request.name, api_key=api_key)
+
+
+async def _with_heartbeat(steps: AsyncIterator[PrefetchStep]) -> AsyncGenerator[PrefetchStep, None]:
+    """The steps, the last one repeated each second while nothing new comes: a prefill is silent for minutes."""
+    latest: PrefetchStep | None = None
+    iterator = aiter(steps)
+    pending = asyncio.ensure_future(anext(iterator, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT_S)
+            if done:
+                latest = pending.result()
+                if latest is None:
+                    return
+                pending = asyncio.ensure_future(anext(iterator, None))
+            if latest is not None:
+                yield latest
+    finally:
+        pending.cancel()
+
+
+def _tier_status(usage: TierUsage) -> TierStatus:
+    return TierStatus(
+        tier=usage.tier.value,
+        state=usage.state,
+        capacity_bytes=usage.capacity_bytes,
+        used_bytes=usage.used_bytes,
+        blocks=usage.blocks,
+        tokens=usage.tokens,
+        pending_blocks=usage.pending_blocks,
+        notes=list(usage.notes),
+    )
+
+
+def _sum(counters: Mapping[str, float], name: str) -> int:
+    return int(sum(value for key, value in counters.items() if key.partition("{")[0] == name))
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    fields = dict(line.split(":", 1) for line in text.splitlines() if line.startswith(("RssAnon", "RssFile")))
+    return sum(int(value.split()[0]) * 1024 for value in fields.values())

@@ -1,0 +1,81 @@
+"""The store that keeps nothing: for kv.enabled = false, and for models whose state cannot be sliced into blocks.
+
+Invariant: namespaces stay apart in hbm all the same, so roots are the real ones. Threading: event loop only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+from appliance.api.control import VerifyProgress, VerifyReport
+from appliance.kv.base import Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
+from appliance.kv.keys import chain_root
+from appliance.security.keyring import Keyring
+from appliance.types import BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
+
+
+class NullStore(KVStore):
+    pool: PoolShape | None = None
+
+    def __init__(self, keyring: Keyring, fingerprint: Fingerprint, layout: BlockLayout, why: str) -> None:
+        self._keyring = keyring
+        self._fingerprint = fingerprint
+        self._layout = layout
+        self._why = why
+
+    def root(self, ns: Namespace) -> bytes:
+        hash_key = self._keyring.tenant(ns.tenant).hash_key
+        return chain_root(hash_key, ns, self._fingerprint, self._layout.block_tokens)
+
+    def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
+        return Lookup(())
+
+    def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
+        return []
+
+    async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
+        assert not hits, "nothing is ever found here"
+        return
+        yield
+
+    def unpin(self, staged: Staged) -> None:
+        raise AssertionError("nothing is ever staged here")
+
+    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
+        return []
+
+    def commit(self, reservations: Sequence[Reservation]) -> None:
+        assert not reservations
+
+    def abort(self, reservations: Sequence[Reservation]) -> None:
+        assert not reservations
+
+    def evict_dram(self) -> int:
+        return 0
+
+    def usage(self) -> list[TierUsage]:
+        dram = TierUsage(Tier.DRAM, 0, 0, 0, 0, state="off", notes=(self._why,))
+        return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off")]
+
+    def counters(self) -> Mapping[str, float]:
+        return {}
+
+    async def verify(self, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
+        report = VerifyReport(
+            segments=0,
+            records=0,
+            bytes_read=0,
+            ok=0,
+            bad={},
+            index_missing=0,
+            index_dangling=0,
+            repaired=0,
+            seconds=0.0,
+        )
+        yield VerifyProgress(records_done=0, records_total=0, report=report)
+
+    async def flush(self, timeout_s: float) -> bool:
+        return True
+
+    async def close(self) -> None:
+        pass

@@ -1,0 +1,1 @@
+"""Benches of an appliance on this box, each against its own throw-away home."""
