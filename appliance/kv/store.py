@@ -11,16 +11,14 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
 
 from appliance.api.control import VerifyProgress
-from appliance.kv.base import Hit, KVStore, Lookup, LookupState, NewBlock, PoolShape, Reservation, Staged
+from appliance.kv.base import Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
-from appliance.kv.keys import block_id, chain, chain_root
+from appliance.kv.find import Finder
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
-from appliance.kv.siblings import longest_common
 from appliance.kv.stage import Limits, Stage
 from appliance.kv.tiers.dram import DramPool, DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Plain, SealedTier
@@ -29,10 +27,6 @@ from appliance.kv.verify import verify
 from appliance.kv.write_behind import WriteBehind
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
-
-T = TypeVar("T")
-
-_FIRST_CHUNK = 32
 
 
 class TieredStore(KVStore):
@@ -53,7 +47,6 @@ class TieredStore(KVStore):
     ) -> None:
         """`sealed` and `recovered` go together; without them blocks live in DRAM only and `notes` say why."""
         self.pool: PoolShape = pool.partition(layout.slot_bytes)
-        self._keyring = keyring
         self._fingerprint = fingerprint
         self._layout = layout
         self._memory = pool
@@ -72,87 +65,18 @@ class TieredStore(KVStore):
         if sealed is not None and recovered is not None:
             self._below = Below(sealed, recovered, transfers, layout, self._counts, clock)
             self._writer = WriteBehind(self._dram, self._below, layout, self._plain, self._counts)
+        self._finder = Finder(keyring, fingerprint, layout, self._dram, self._below)
 
     # --- finding ---------------------------------------------------------------------------------------------------
 
     def root(self, ns: Namespace) -> bytes:
-        return chain_root(self._hash_key(ns), ns, self._fingerprint, self._layout.block_tokens)
+        return self._finder.root(ns)
 
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
-        size = self._layout.block_tokens
-        names = self._names(ns, tokens)
-        ids = names[1:]
-        payload_bytes = self._layout.payload_bytes(size)
-        hits: list[Hit] = []
-        reach = 0  # ids[:reach] were found: in DRAM one by one, below in chunks
-        for n, block in enumerate(ids):
-            entry = self._dram.get(block)
-            if entry is None and n >= reach:
-                reach = n + self._present_below(ids, n)
-                if reach == n:
-                    break
-            tier, state = _where(entry)
-            hits.append(Hit(block, names[n], n * size, size, size, tier, state, payload_bytes))
-        partial = self._partial(names[len(hits)], tokens, len(hits) * size)
-        return Lookup(tuple(hits) if partial is None else (*hits, partial))
+        return self._finder.lookup(ns, tokens)
 
     def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
-        size = self._layout.block_tokens
-        names = self._names(ns, tokens)
-        below = self._below.entries(names[1:]) if self._below and self._below.loads.allows else {}
-        found = [
-            NewBlock(block, names[n], n * size, tokens[n * size : (n + 1) * size])
-            for n, block in enumerate(names[1:])
-            if block not in below and self._dram.get(block) is None
-        ]
-        start = (len(names) - 1) * size
-        tail = tokens[start:]
-        if len(tail) and not self._covered(names[-1], tail):
-            found.append(NewBlock(block_id(self._hash_key(ns), names[-1], tail), names[-1], start, tail))
-        return found
-
-    def _names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
-        """The namespace's root and the ids of the full blocks: names[n] is the parent of block n."""
-        root = self.root(ns)
-        return [BlockId(root), *chain(self._hash_key(ns), root, tokens, self._layout.block_tokens)]
-
-    def _present_below(self, ids: Sequence[BlockId], start: int) -> int:
-        """How many blocks from `start` on can be loaded, looking at most a growing chunk beyond the last one found."""
-        if self._below is None or not self._below.loads.allows:
-            return 0
-        done, chunk = 0, _FIRST_CHUNK
-        while True:
-            wanted = ids[start + done : start + done + chunk]
-            found = self._below.present(wanted)
-            done += found
-            if found < len(wanted) or not wanted:
-                return done
-            chunk *= 4
-
-    def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
-        """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
-        rest = tokens[start : start + self._layout.block_tokens]
-        best: tuple[int, BlockId, int] | None = None
-        for entry in self._dram.children(parent):
-            shared = entry.tokens.common_prefix(rest)
-            if shared and (best is None or shared > best[0]):
-                best = (shared, entry.block, len(entry.tokens))
-        if self._below is not None and self._below.loads.allows and len(rest):
-            nearest = longest_common(self._below.children(parent), rest)
-            if nearest is not None and (best is None or nearest[0] > best[0]):
-                indexed = self._below.entries([nearest[1]]).get(nearest[1])
-                if indexed is not None:
-                    best = (nearest[0], nearest[1], indexed.n_tokens)
-        if best is None:
-            return None
-        shared, block, n_tokens = best
-        tier, state = _where(self._dram.get(block))
-        return Hit(block, parent, start, n_tokens, shared, tier, state, self._layout.payload_bytes(n_tokens))
-
-    def _covered(self, parent: BlockId, tokens: Tokens) -> bool:
-        """Whether a child of `parent` begins with these tokens."""
-        hit = self._partial(parent, tokens, 0)
-        return hit is not None and hit.use_tokens == len(tokens)
+        return self._finder.missing(ns, tokens)
 
     # --- staging ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +94,7 @@ class TieredStore(KVStore):
             self._plain,
             self._limits,
             ns=ns,
-            hash_key=self._hash_key(ns),
+            hash_key=self._finder.hash_key(ns),
             tokens=tokens,
             hits=hits,
             used_us=used_us,
@@ -197,11 +121,11 @@ class TieredStore(KVStore):
         try:
             async with self._reserve_turn:
                 for new in blocks:
-                    while not self._stored(new) and not self._room_for(new):
+                    while not self._finder.holds(new) and not self._room_for(new):
                         if reserved and not (self._writer and self._writer.pending_blocks):
                             return reserved  # only what this call or a pin holds is in the way
                         await self._dram.change()
-                    if not self._stored(new):
+                    if not self._finder.holds(new):
                         state, now_us = SlotState.RESERVED, self._now_us()
                         entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
                         self._promised_bytes += self._payload_bytes(new)
@@ -243,14 +167,6 @@ class TieredStore(KVStore):
                 unwritten = self._writer is not None and self._writer.withdraw(other)
                 if unwritten or self._dram.evictable(other):
                     self._dram.drop(other)
-
-    def _stored(self, new: NewBlock) -> bool:
-        """Whether some tier holds the block or will, or holds all of it in a longer one."""
-        if self._dram.get(new.block) is not None:
-            return True
-        if self._below is not None and self._below.loads.allows and new.block in self._below:
-            return True
-        return len(new.tokens) < self._layout.block_tokens and self._covered(new.parent, new.tokens)
 
     def _room_for(self, new: NewBlock) -> bool:
         """Whether a slot is to be had and write-behind stays within its bound, or is empty."""
@@ -333,19 +249,8 @@ class TieredStore(KVStore):
         )
         return Plain(identity, self._memory.view(entry.slot))
 
-    def _hash_key(self, ns: Namespace) -> bytes:
-        return self._keyring.tenant(ns.tenant).hash_key
-
     def _payload_bytes(self, new: NewBlock) -> int:
         return self._layout.payload_bytes(len(new.tokens))
 
     def _now_us(self) -> int:
         return int(self._clock() * 1e6)
-
-
-def _where(entry: Entry | None) -> tuple[Tier, LookupState]:
-    if entry is None:
-        return Tier.NVME, LookupState.HIT
-    if entry.state.readable:
-        return Tier.DRAM, LookupState.HIT
-    return (Tier.NVME if entry.state is SlotState.LOADING else Tier.DRAM), LookupState.PENDING

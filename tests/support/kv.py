@@ -14,6 +14,7 @@ from appliance.kv.store import TieredStore
 from appliance.kv.tiers.dram import DramPool
 from appliance.security.keyring import Keyring, create_key_file
 from appliance.types import BlockLayout, Fingerprint, Namespace, Tokens
+from tests.support.faulty import FaultyTier
 
 BLOCK_TOKENS = 16
 LAYOUT = BlockLayout(BLOCK_TOKENS, token_bytes=(48, 16), fixed_bytes=(8, 0))
@@ -68,9 +69,18 @@ async def opened(
     )
     try:
         yield store
+        await store.flush(5)
     finally:
         await store.close()
         pool.close()
+
+
+def faulty(store: TieredStore) -> FaultyTier:
+    """Put a tier that can fail under a store that is open."""
+    assert store._below is not None
+    sealed = store._below.sealed
+    sealed.tier = tier = FaultyTier(sealed.tier)
+    return tier
 
 
 def view(store: KVStore, slot: int) -> memoryview:

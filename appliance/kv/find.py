@@ -1,0 +1,127 @@
+"""Finds blocks by prefix, in DRAM and below: names, longest stored prefix to the token, what is missing.
+
+Invariant: nothing here changes anything, not even recency. Threading: event loop only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from appliance.kv.base import Hit, Lookup, LookupState, NewBlock
+from appliance.kv.below import Below
+from appliance.kv.keys import block_id, chain, chain_root
+from appliance.kv.siblings import longest_common
+from appliance.kv.tiers.dram import DramTable, Entry, SlotState
+from appliance.security.keyring import Keyring
+from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, Tokens
+
+_FIRST_CHUNK = 32
+
+
+class Finder:
+    def __init__(
+        self, keyring: Keyring, fingerprint: Fingerprint, layout: BlockLayout, dram: DramTable, below: Below | None
+    ) -> None:
+        self._keyring = keyring
+        self._fingerprint = fingerprint
+        self._layout = layout
+        self._dram = dram
+        self._below = below
+
+    def hash_key(self, ns: Namespace) -> bytes:
+        return self._keyring.tenant(ns.tenant).hash_key
+
+    def root(self, ns: Namespace) -> bytes:
+        return chain_root(self.hash_key(ns), ns, self._fingerprint, self._layout.block_tokens)
+
+    def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
+        size = self._layout.block_tokens
+        names = self._names(ns, tokens)
+        ids = names[1:]
+        payload_bytes = self._layout.payload_bytes(size)
+        hits: list[Hit] = []
+        reach = 0  # ids[:reach] were found: in DRAM one by one, below in chunks
+        for n, block in enumerate(ids):
+            entry = self._dram.get(block)
+            if entry is None and n >= reach:
+                reach = n + self._present_below(ids, n)
+                if reach == n:
+                    break
+            tier, state = _where(entry)
+            hits.append(Hit(block, names[n], n * size, size, size, tier, state, payload_bytes))
+        partial = self._partial(names[len(hits)], tokens, len(hits) * size)
+        return Lookup(tuple(hits) if partial is None else (*hits, partial))
+
+    def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
+        size = self._layout.block_tokens
+        names = self._names(ns, tokens)
+        below = self._below.entries(names[1:]) if self._below and self._below.loads.allows else {}
+        found = [
+            NewBlock(block, names[n], n * size, tokens[n * size : (n + 1) * size])
+            for n, block in enumerate(names[1:])
+            if block not in below and self._dram.get(block) is None
+        ]
+        start = (len(names) - 1) * size
+        tail = tokens[start:]
+        if len(tail) and not self._covered(names[-1], tail):
+            found.append(NewBlock(block_id(self.hash_key(ns), names[-1], tail), names[-1], start, tail))
+        return found
+
+    def _names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
+        """The namespace's root and the ids of the full blocks: names[n] is the parent of block n."""
+        root = self.root(ns)
+        return [BlockId(root), *chain(self.hash_key(ns), root, tokens, self._layout.block_tokens)]
+
+    def _present_below(self, ids: Sequence[BlockId], start: int) -> int:
+        """How many blocks from `start` on can be loaded, looking at most a growing chunk beyond the last one found."""
+        if self._below is None or not self._below.loads.allows:
+            return 0
+        done, chunk = 0, _FIRST_CHUNK
+        while True:
+            wanted = ids[start + done : start + done + chunk]
+            found = self._below.present(wanted)
+            done += found
+            if found < len(wanted) or not wanted:
+                return done
+            chunk *= 4
+
+    def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
+        """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
+        rest = tokens[start : start + self._layout.block_tokens]
+        best: tuple[int, BlockId, int] | None = None
+        for entry in self._dram.children(parent):
+            shared = entry.tokens.common_prefix(rest)
+            if shared and (best is None or shared > best[0]):
+                best = (shared, entry.block, len(entry.tokens))
+        if self._below is not None and self._below.loads.allows and len(rest):
+            nearest = longest_common(self._below.children(parent), rest)
+            if nearest is not None and (best is None or nearest[0] > best[0]):
+                indexed = self._below.entries([nearest[1]]).get(nearest[1])
+                if indexed is not None:
+                    best = (nearest[0], nearest[1], indexed.n_tokens)
+        if best is None:
+            return None
+        shared, block, n_tokens = best
+        tier, state = _where(self._dram.get(block))
+        return Hit(block, parent, start, n_tokens, shared, tier, state, self._layout.payload_bytes(n_tokens))
+
+    def _covered(self, parent: BlockId, tokens: Tokens) -> bool:
+        """Whether a child of `parent` begins with these tokens."""
+        hit = self._partial(parent, tokens, 0)
+        return hit is not None and hit.use_tokens == len(tokens)
+
+    def holds(self, new: NewBlock) -> bool:
+        """Whether some tier holds the block or will, or holds all of it in a longer one."""
+        if self._dram.get(new.block) is not None:
+            return True
+        if self._below is not None and self._below.loads.allows and new.block in self._below:
+            return True
+        return len(new.tokens) < self._layout.block_tokens and self._covered(new.parent, new.tokens)
+
+
+def _where(entry: Entry | None) -> tuple[Tier, LookupState]:
+    if entry is None:
+        return Tier.NVME, LookupState.HIT
+    if entry.state.readable:
+        return Tier.DRAM, LookupState.HIT
+    return (Tier.NVME if entry.state is SlotState.LOADING else Tier.DRAM), LookupState.PENDING
