@@ -132,7 +132,7 @@ def _numbers(answer: Answer) -> dict[str, Any]:
 
 def _report(answer: Answer) -> None:
     rate = f" · {1 / answer.step_s:,.1f} tok/s" if answer.step_s else ""
-    cut = " · cut at --max-tokens" if answer.finish_reason == "length" else ""
+    cut = " · cut at the token limit" if answer.finish_reason == "length" else ""
     line = (
         f"TTFT {output.duration(answer.ttft_s)} · {output.count(answer.cached_tokens)} of "
         f"{output.count(answer.prompt_tokens)} prompt tokens cached{rate}{cut}"

@@ -80,18 +80,24 @@ def list_(ctx: typer.Context, home: Home = None, as_json: Json = False) -> None:
     if as_json:
         output.print_json({"models": [_tree(model) for model in found]})
         return
+    if not found:
+        output.stderr().print("none yet: kvctl model add FILE.gguf, or kvctl model synth tiny")
+        return
     rows = (
         (
             output.plain(model.name),
             output.size(model.size_bytes),
-            f"{model.summary.parameters / 1e9:.2f}B",
+            _billions(model.summary.parameters),
             output.plain(model.summary.architecture),
         )
         for model in found
     )
     output.stdout().print(output.table(["name", ">size", ">parameters", "architecture"], rows))
-    if not found:
-        output.stderr().print("none yet: kvctl model add FILE.gguf, or kvctl model synth tiny")
+
+
+def _billions(parameters: int) -> str:
+    """As models are named: "7.62B", "494.0M"."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
 def _tree(model: Model) -> dict[str, Any]:

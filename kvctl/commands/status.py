@@ -36,6 +36,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
     restarts = f", restarted {engine.restarts}x" if engine.restarts else ""
     cached = sum(totals.cached_tokens.values())
     by_tier = ", ".join(f"{tier} {output.count(n)}" for tier, n in totals.cached_tokens.items() if n)
+    from_cache = f" ({output.share(cached, totals.prompt_tokens)} cached: {by_tier})" if cached else ""
     failures = [
         f"{output.count(n)} {what}"
         for n, what in ((totals.integrity_failures, "records did not verify"), (totals.tier_failures, "tier failures"))
@@ -67,8 +68,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
             ),
             (
                 "tokens",
-                f"{output.count(totals.prompt_tokens)} prompt ({output.share(cached, totals.prompt_tokens)} cached"
-                f"{': ' + by_tier if by_tier else ''}), {output.count(totals.completion_tokens)} completion",
+                f"{output.count(totals.prompt_tokens)} prompt{from_cache}, {output.count(totals.completion_tokens)} completion",
             ),
             *([("failures", f"[red]{', '.join(failures)}[/]")] if failures else []),
         ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.api import control
+from kvctl.client import AdminClient
 from kvctl.diagnostics import ExitCode
 from tests.cli import canned
 from tests.cli.conftest import Kvctl
@@ -273,3 +274,10 @@ def test_verify_of_a_stopped_appliance(kvctl: Kvctl, home: Path) -> None:
     report = control.VerifyReport.model_validate(result.json)
     assert (report.clean, report.records) == (True, 0)
     assert kvctl("verify").out.splitlines()[-1].strip() == "clean"
+
+
+def test_the_client_evicts_a_tier(appliance: FakeAppliance) -> None:
+    appliance.replies["POST /v1/admin/evict"] = (200, {"freed": 7})
+    with AdminClient(appliance.home) as admin:
+        assert admin.evict("dram").freed == 7
+    assert appliance.body_of("POST /v1/admin/evict") == {"tier": "dram"}
