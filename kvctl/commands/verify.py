@@ -45,9 +45,8 @@ def _start(home: Path, profile: str, repair: bool) -> Iterator[VerifyProgress]:
         with AdminClient(home) as admin:
             yield from admin.verify(VerifyRequest(repair=repair))
     except NotRunning:
-        from appliance.ops.verify import verify as offline
-
         from appliance.config import load_profile
+        from appliance.ops.verify import verify as offline
 
         yield from offline(home, load_profile(profile), repair=repair)
 
