@@ -28,7 +28,7 @@ from appliance.engine.client import Done, Event, NewTokens, Prefilled
 from appliance.engine.detok import TextStream
 from appliance.engine.protocol import EngineStats
 from appliance.engine.request import Failed, Request
-from appliance.engine.transfer import Export, Restore, SlotView, Transfers
+from appliance.engine.transfer import SHARED_SLICE_BLOCKS, SLICE_BLOCKS, Export, Restore, SlotView, Transfers
 from appliance.errors import EngineError, KvctlError, RequestError, RestoreError
 from appliance.types import FinishReason, SamplingParams, Tokens
 
@@ -217,9 +217,11 @@ class Scheduler:
 
     def _move(self) -> None:
         """Restores bring a first token nearer, so they go before prefill; exports can wait. Neither stalls a stream."""
-        while self._transfers.restore_slice() and not any(request.decoding for request in self._streams):
+        shared = any(request.decoding for request in self._streams)
+        blocks = SHARED_SLICE_BLOCKS if shared else SLICE_BLOCKS
+        while self._transfers.restore_slice(blocks) and not shared:
             pass
-        self._transfers.export_slice()
+        self._transfers.export_slice(blocks)
 
     def _plan(self) -> list[Work]:
         """Every decoding stream, then prefill up to the budget, first come first served."""
@@ -384,6 +386,7 @@ def _next_row(request: Request) -> Row:
 def _prefill_row(request: Request, budget: int) -> Row:
     assert request.sequence
     start, n = request.sequence.length, len(request.prompt)
-    stop = min(start + budget, n)
+    # The last token is a row of its own, so that a prompt computed and the same prompt restored give equal logits.
+    stop = min(start + budget, n - 1) if start < n - 1 else n
     want_logits = stop == n and request.limit_tokens > 0
     return Row(request.sequence.id, start, request.prompt[start:stop], want_logits)

@@ -18,6 +18,8 @@ from appliance.engine.request import Request
 from appliance.errors import EngineError, RestoreError
 
 SLICE_BLOCKS = 16
+SHARED_SLICE_BLOCKS = 2
+"""While others decode: what a slice costs is added to every stream's step."""
 
 SlotView = Callable[[int, int], memoryview]
 """(slot, bytes) -> that many first bytes of the slot. EngineError if there is no such slot."""
@@ -67,20 +69,20 @@ class Transfers:
             self.exports.remove(export)
             export.reply.set_exception(EngineError("the request was released"))
 
-    def restore_slice(self) -> bool:
-        """One slice of the first restore whose request is admitted. False if there is none."""
+    def restore_slice(self, blocks: int) -> bool:
+        """One slice of at most `blocks` of the first restore whose request is admitted. False if there is none."""
         job = next((job for job in self.restores if job.request.sequence), None)
         if job is None:
             return False
         try:
-            self._restore(job)
+            self._restore(job, blocks)
         except EngineError as error:
             self._undo(job)
             self.restores.remove(job)
             job.reply.set_exception(RestoreError(str(error)))
         return True
 
-    def _restore(self, job: Restore) -> None:
+    def _restore(self, job: Restore, most: int) -> None:
         sequence = job.request.sequence
         assert sequence
         if job.before is None:
@@ -88,7 +90,7 @@ class Transfers:
             job.before = sequence.length
         while job.blocks and job.start + job.blocks[0][2] <= sequence.length:  # present already
             job.start += job.blocks.popleft()[2]
-        blocks = [job.blocks.popleft() for _ in range(min(SLICE_BLOCKS, len(job.blocks)))]
+        blocks = [job.blocks.popleft() for _ in range(min(most, len(job.blocks)))]
         if blocks:
             began_s = time.monotonic()
             stop = job.start + sum(use for _, _, use in blocks)
@@ -135,13 +137,13 @@ class Transfers:
         if job.before is not None and job.before < sequence.length:
             self.cells.truncate(sequence, job.before)
 
-    def export_slice(self) -> bool:
-        """One run of consecutive blocks of the first export. False if there is none."""
+    def export_slice(self, blocks: int) -> bool:
+        """One run of at most `blocks` consecutive blocks of the first export. False if there is none."""
         if not self.exports:
             return False
         job = self.exports[0]
         try:
-            self._export(job)
+            self._export(job, blocks)
         except EngineError as error:
             self.exports.remove(job)
             job.reply.set_exception(error)
@@ -151,13 +153,13 @@ class Transfers:
             job.reply.set_result(None)
         return True
 
-    def _export(self, job: Export) -> None:
+    def _export(self, job: Export, most: int) -> None:
         sequence = job.request.sequence
         if not job.blocks:
             return
         start = stop = job.blocks[0][0]
         views: list[tuple[int, memoryview]] = []
-        while job.blocks and job.blocks[0][0] == stop and len(views) < SLICE_BLOCKS:
+        while job.blocks and job.blocks[0][0] == stop and len(views) < most:
             _, n, slot = job.blocks.popleft()
             if not 0 < n <= self.engine.info.layout.block_tokens:
                 raise EngineError("no such block size")
