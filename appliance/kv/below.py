@@ -121,8 +121,8 @@ class Below:
         self.loads.worked()
         self._count("load_bytes_total", loaded.nbytes)
         self._count("load_seconds_total", loaded.seconds)
-        if loaded.error is not None:
-            self._counts[f'integrity_failures_total{{reason="{loaded.error.reason}"}}'] += 1
+        if loaded.fault is not None:
+            self._counts[f'integrity_failures_total{{reason="{loaded.fault}"}}'] += 1
             self._quarantine(names[loaded.opened])
         return loaded
 

@@ -45,12 +45,12 @@ class Plain:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of a run of records: the first `opened` are in their slots; `error` is why the next is not."""
+    """What became of a run of records: the first `opened` are in their slots; `fault` is why the next is not."""
 
     opened: int
     nbytes: int
     seconds: float
-    error: IntegrityError | None
+    fault: str | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class SealedTier:
         whole = Extent(extents[0].segment, extents[0].offset, extents[-1].end - extents[0].offset)
         self.tier.read(whole, buffer)
         opened = nbytes = 0
-        error: IntegrityError | None = None
+        fault: str | None = None
         try:
             for block, extent in zip(blocks, extents, strict=True):
                 at = extent.offset - whole.offset
@@ -139,9 +139,9 @@ class SealedTier:
                 frames = layout.frames(len(block.identity.tokens))
                 self._sealer(read_header(record).data_key_id).open_record(record, block.identity, frames, block.slot)
                 opened, nbytes = opened + 1, nbytes + sum(frames)
-        except IntegrityError as caught:
-            error = caught
-        return Loaded(opened, nbytes, time.perf_counter() - started_s, error)
+        except IntegrityError as error:
+            fault = error.reason
+        return Loaded(opened, nbytes, time.perf_counter() - started_s, fault)
 
     # --- scanning --------------------------------------------------------------------------------------------------
 
