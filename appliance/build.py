@@ -41,7 +41,6 @@ from appliance.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SYNTH_PRESET = "qwen2.5-0.5b"
 INTERRUPTED = 130
 FLUSH_S = 120.0
 """Longest a stop waits for write-behind after the last request ended."""
@@ -80,9 +79,7 @@ def _model(options: ServeOptions) -> tuple[Path, bytes]:
     if options.profile.engine.kind == "null":
         return Path("null"), bytes(32)
     if options.synth:
-        path = options.home / "models" / f"{SYNTH_PRESET}.gguf"
-        if not path.exists():
-            synth.synth(SYNTH_PRESET, path, on_progress=say(f"writing random weights, {SYNTH_PRESET}"))
+        path = synth.default_model(options.home, say("writing random weights"))
     else:
         assert options.model, "the command asks for a model before it calls"
         path = models.resolve(options.home, options.model)

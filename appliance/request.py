@@ -104,8 +104,8 @@ class RequestRun:
         request = self.request
         root = self._store.root(request.ns)
         reserve_tokens = max(request.sampling.max_tokens, 1)
-        present = await self._engine.begin(self._id, root, request.prompt, reserve_tokens)
-        await self._engine.restore(self._id, present, ())
+        await self._engine.begin(self._id, root, request.prompt, reserve_tokens)
+        present = await self._engine.restore(self._id, 0, ())
         self._admitted_s = time.perf_counter()
         self._loaded = Loaded(present, {Tier.HBM: present})
 

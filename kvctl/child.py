@@ -49,8 +49,7 @@ class Child:
             text=True,
             start_new_session=True,
         )
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._process.stdout or ():
             event = json.loads(line)
             if event["kind"] == "ready":
                 self.ready = event

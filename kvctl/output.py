@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -121,3 +121,26 @@ def progress(text: str) -> Iterator[Callable[[float, float], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(text, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=max(total, 1))
+
+
+class Say(Protocol):
+    def __call__(self, text: str, fraction: float | None = None) -> None: ...
+
+
+@contextmanager
+def steps() -> Iterator[Say]:
+    """What is being done, on stderr: one changing line on a terminal, each new step once elsewhere."""
+    console = stderr()
+    if not console.is_terminal:
+        said = ""
+
+        def line(text: str, fraction: float | None = None) -> None:
+            nonlocal said
+            if text != said:
+                console.print(plain(text))
+                said = text
+
+        yield line
+        return
+    with console.status("") as status:
+        yield lambda text, fraction=None: status.update(plain(text if fraction is None else f"{text} {fraction:.0%}"))

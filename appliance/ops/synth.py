@@ -41,6 +41,7 @@ _UNIFORM_INT8_STD = 73.3
 
 
 PRESETS = ("tiny", *SHAPES)
+DEFAULT_PRESET = "qwen2.5-0.5b"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], on_progress: Callable
         done += tensor.nbytes
         if on_progress:
             on_progress(done / total)
+
+
+def default_model(home: Path, on_progress: Callable[[float], None] | None = None) -> Path:
+    """The model for trying things out, written into the home's models once."""
+    path = home / "models" / f"{DEFAULT_PRESET}.gguf"
+    return path if path.exists() else synth(DEFAULT_PRESET, path, on_progress=on_progress)
 
 
 def _header(preset: str, shape: Shape, path: Path) -> gguf.GGUFWriter:

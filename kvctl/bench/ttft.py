@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from appliance.errors import KvctlError
 from kvctl.child import Child
 from kvctl.client import AdminClient, Answer, PublicClient
+from kvctl.output import Say
 
 COMPLETION_TOKENS = 32
 GIB = 1 << 30
@@ -77,13 +78,13 @@ class Options:
     """Where the throw-away home is made: the disk that is measured."""
     profile: str
     overrides: tuple[str, ...]
-    say: Callable[[str], None]
+    say: Say
 
 
 def run(options: Options) -> TtftReport:
     """Every context in turn. KvctlError when the appliance cannot be started or answers an error."""
-    from appliance.ops.init import init  # a command's import: it opens keyring code
     from appliance.ops.disk import ReadProbe
+    from appliance.ops.init import init
 
     options.folder.mkdir(parents=True, exist_ok=True)
     with _temporary(options.folder) as home:
@@ -126,7 +127,7 @@ def _appliance(home: Path, options: Options) -> Iterator[Child]:
         tiers = (f"tiers.dram.capacity={dram_bytes}", f"tiers.nvme.capacity={nvme_bytes}")
         settings = [part for item in (*sized, *tiers, *options.overrides) for part in ("--set", item)]
         arguments = ["--model", str(options.model), "--profile", options.profile, *settings]
-        return Child(home, arguments, lambda event: options.say(str(event.get("text", "starting"))))
+        return Child(home, arguments, lambda event: options.say(event["text"], event["fraction"]))
 
     started = child(2 * GIB, 16 * GIB)
     with started:
