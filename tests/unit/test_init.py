@@ -29,7 +29,7 @@ def state(home: Path) -> dict[str, bytes]:
 def works(home: Path) -> None:
     settings = tomli.loads((home / "client.toml").read_text())
     assert set(settings) == {"base_url", "api_key"}
-    assert settings["base_url"] == "http://127.0.0.1:8123"
+    assert settings["base_url"] == "http://127.0.0.1:8123/v1"
     assert Keyring.open(home, home / "unlock.key").authenticate(settings["api_key"]) == FIRST_TENANT
 
 
@@ -115,10 +115,10 @@ def test_a_home_that_cannot_be_made_is_said_in_one_line(tmp_path: Path, profile:
 @pytest.mark.parametrize(
     ("host", "url"),
     [
-        ("0.0.0.0", "http://127.0.0.1:80"),
-        ("::", "http://[::1]:80"),
-        ("10.0.0.7", "http://10.0.0.7:80"),
-        ("box.local", "http://box.local:80"),
+        ("0.0.0.0", "http://127.0.0.1:80/v1"),
+        ("::", "http://[::1]:80/v1"),
+        ("10.0.0.7", "http://10.0.0.7:80/v1"),
+        ("box.local", "http://box.local:80/v1"),
     ],
 )
 def test_the_client_is_told_a_reachable_address(tmp_path: Path, host: str, url: str) -> None:
