@@ -20,6 +20,7 @@ from typing import Any
 import lmdb
 
 from appliance.errors import IntegrityError, TierError, TierFull, TierIO
+from appliance.kv.keys import length_prefixed
 from appliance.kv.siblings import SiblingCache
 from appliance.kv.tiers.base import Extent
 from appliance.security.seal import NONCE_BYTES, Xaes
@@ -37,7 +38,7 @@ _ID_BYTES = 32
 _CHUNK = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class IndexEntry:
     extent: Extent
     payload_bytes: int
@@ -91,12 +92,15 @@ class Index:
     def present(self, blocks: Sequence[BlockId]) -> int:
         """How many of `blocks`, from the first on, are all there."""
         done = 0
+        copy, equal = self._mac.copy, hmac.compare_digest  # a million-token prompt comes here 3,906 times
         with self._cursor(self._blocks) as cursor:
             while done < len(blocks):
                 chunk = blocks[done : done + _CHUNK]
                 found = cursor.getmulti(chunk)
                 for wanted, (key, value) in zip(chunk, found, strict=False):
-                    if wanted != key or not self._genuine(key, value):
+                    mac = copy()
+                    mac.update(key + value[:-_MAC_BYTES])
+                    if wanted != key or not equal(mac.digest(), value[-_MAC_BYTES:]):
                         return done
                     done += 1
                 if len(found) < len(chunk):
@@ -264,7 +268,7 @@ class Index:
 
 
 def _derive(index_key: bytes, purpose: bytes) -> bytes:
-    return hmac.digest(index_key, b"kva/index/v1" + purpose, "sha256")
+    return hmac.digest(index_key, length_prefixed(b"kva/index/v1", purpose), "sha256")
 
 
 def _pack(entry: IndexEntry) -> bytes:

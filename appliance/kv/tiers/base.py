@@ -30,7 +30,7 @@ class TierProperties:
     """A segment is closed when its next record would end beyond this; one larger record has a segment of its own."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Extent:
     """Where a record is. Offset and length are multiples of ALIGN_BYTES."""
 
