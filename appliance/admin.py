@@ -100,6 +100,7 @@ class ApplianceAdmin(Admin):
                 kv_mode=info.kv_mode.value,
                 context_tokens=info.context_tokens,
                 threads=info.threads,
+                quiet_threads=info.quiet_threads,
                 batch_threads=info.batch_threads,
                 decode_step_ms=info.decode_step_s * 1e3,
                 prefill_tokens_per_s=info.prefill_tokens_per_s,

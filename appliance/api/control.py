@@ -52,6 +52,9 @@ class EngineStatus(Model):
     kv_mode: Literal["rows", "opaque", "none"]
     context_tokens: int
     threads: int
+    """Decode, while something else wants a core."""
+    quiet_threads: int
+    """Decode, while nothing else does."""
     batch_threads: int
     decode_step_ms: float
     """Calibrated at start: one token at depth 0."""

@@ -80,9 +80,12 @@ class EngineInfo:
     layout: BlockLayout
     fingerprint: Fingerprint
     threads: int
+    """Of a decode step while something else wants a core."""
+    quiet_threads: int
+    """Of a decode step while nothing else does."""
     batch_threads: int
     decode_step_s: float
-    """Seconds of a one-token decode at depth 0 with `threads`, as calibrated."""
+    """Seconds of a one-token decode at depth 0 with `quiet_threads`, as calibrated."""
     prefill_tokens_per_s: float
     """At shallow depth with `batch_threads`, as calibrated."""
     weight_bytes: int

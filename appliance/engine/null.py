@@ -282,6 +282,7 @@ def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
         layout=layout,
         fingerprint=Fingerprint(hashlib.sha256(config.model_sha256).digest(), hashlib.sha256(shape).digest()),
         threads=1,
+        quiet_threads=1,
         batch_threads=1,
         decode_step_s=0.0001,
         prefill_tokens_per_s=1e6,

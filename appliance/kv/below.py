@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from appliance.errors import TierError, TierFull
 from appliance.kv.breaker import Breaker
+from appliance.kv.durable import Durable
 from appliance.kv.index import Changes, IndexEntry
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import record_bytes
@@ -40,19 +41,26 @@ class Below:
     ) -> None:
         self.sealed = sealed
         self.index = recovered.index
+        self._durable = Durable(sealed, recovered.index)
+        self._counts = counts
         self.policy = LeafFirstLru()
         for block in by_age(recovered.entries):
             self.policy.add(block, recovered.entries[block].parent)
         self._transfers = transfers
         self._layout = layout
-        self._counts = counts
         self._clock = clock
         self._tier = sealed.tier.properties.tier
+        self._notes = recovered.mended.notes
+        counts["index_rebuilds_total"] += recovered.mended.found > 0
+        counts["quarantined_segments_total"] += recovered.mended.quarantined
+        self._count("evicted_blocks_total", recovered.mended.evicted)
         self._tokens = sum(entry.n_tokens for entry in recovered.entries.values())
         self._newest_us = max((entry.used_us for entry in recovered.entries.values()), default=0)
         self._used: dict[BlockId, int] = {}
         self._leaving: set[BlockId] = set()
         self._reading: Counter[BlockId] = Counter()
+        self.suspects: set[BlockId] = set()
+        """Could not be read. Read alone next time, and dropped if that fails too: a bad sector must not cost the tier."""
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.loads = Breaker(asyncio.get_running_loop().time)
@@ -62,17 +70,6 @@ class Below:
 
     def __contains__(self, block: BlockId) -> bool:
         return block in self.policy
-
-    def present(self, blocks: Sequence[BlockId]) -> int:
-        """How many of `blocks`, from the first on, can be loaded."""
-        try:
-            found = self.index.present(blocks)
-        except TierError as error:
-            self._failed(error)
-            return 0
-        if self._leaving:
-            return next((n for n in range(found) if blocks[n] in self._leaving), found)
-        return found
 
     def entries(self, blocks: Iterable[BlockId]) -> dict[BlockId, IndexEntry]:
         try:
@@ -104,21 +101,31 @@ class Below:
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
-    async def load(self, blocks: Sequence[Plain], extents: Sequence[Extent]) -> Loaded:
-        """Read adjacent records into their slots. What fails is counted; a record that does not verify is dropped."""
+    def load(self, blocks: Sequence[Plain], extents: Sequence[Extent]) -> Coroutine[Any, Any, Loaded]:
+        """Read adjacent records into their slots. What fails is counted; a record that does not verify is dropped.
+
+        From this call on, until the coroutine ended, the records' bytes stay.
+        """
         names = [plain.identity.block for plain in blocks]
         self._reading.update(names)
+        return self._load(names, blocks, extents)
+
+    async def _load(self, names: list[BlockId], blocks: Sequence[Plain], extents: Sequence[Extent]) -> Loaded:
         try:
             job = partial(self.sealed.load, blocks, extents, self._layout)
             loaded = await asyncio.wrap_future(self._transfers.submit(Priority.LOAD, job))
         except TierError as error:
             self._failed(error)
             self.loads.failed()
+            if len(names) == 1 and names[0] in self.suspects:
+                self._quarantine(names[0])
+            self.suspects.update(names)
             return Loaded(0, 0, 0.0, None)
         finally:
             self._reading.subtract(names)
             self._reading += Counter()  # keeps what is still being read
         self.loads.worked()
+        self.suspects.difference_update(names)
         self._count("load_bytes_total", loaded.nbytes)
         self._count("load_seconds_total", loaded.seconds)
         if loaded.fault is not None:
@@ -201,7 +208,11 @@ class Below:
 
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
         used, self._used = self._used, {}
-        job = partial(self._append_job, blocks, superseded, used)
+        now_us = self._now_us()
+
+        def job(buffer: memoryview) -> int:
+            return self._durable.append(blocks, self._layout, now_us, buffer, superseded=superseded, used=used)
+
         try:
             gone_tokens = await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
         except TierError:
@@ -215,44 +226,16 @@ class Below:
             if plain.identity.block not in parents:
                 self.policy.touch(plain.identity.block)
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
-        self._newest_us = max(self._newest_us, int(self._clock() * 1e6))
+        self._newest_us = max(self._newest_us, now_us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
         self._count("store_bytes_total", nbytes)
 
-    def _append_job(
-        self, blocks: Sequence[Plain], superseded: Sequence[BlockId], used: dict[BlockId, int], buffer: memoryview
-    ) -> int:
-        """Data, then index, then what the new blocks supersede. Returns the tokens that went."""
-        extents = self.sealed.store(blocks, self._layout, buffer)
-        now_us = int(self._clock() * 1e6)
-        added: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
-        ends: dict[int, int] = {}
-        for plain, extent in zip(blocks, extents, strict=True):
-            identity = plain.identity
-            n_tokens = len(identity.tokens)
-            payload_bytes = self._layout.payload_bytes(n_tokens)
-            entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, now_us)
-            added[identity.block] = (entry, identity.tokens)
-            ends[extent.segment] = max(ends.get(extent.segment, 0), extent.end)
-        try:
-            gone = self.index.get_many(superseded)
-            self.index.apply(Changes(added, list(gone), used, ends))
-        except TierError:
-            self.sealed.tier.free(extents)
-            raise
-        self.sealed.tier.free([entry.extent for entry in gone.values()])
-        return sum(entry.n_tokens for entry in gone.values())
-
     async def _erase(self, blocks: Sequence[BlockId]) -> None:
-        job = partial(self._erase_job, blocks)
-        self._tokens -= await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
+        gone_tokens = await asyncio.wrap_future(
+            self._transfers.submit(Priority.STORE, lambda _: self._durable.erase(blocks))
+        )
+        self._tokens -= gone_tokens
         self._leaving.difference_update(blocks)
-
-    def _erase_job(self, blocks: Sequence[BlockId], _buffer: memoryview) -> int:
-        gone = self.index.get_many(blocks)
-        self.index.apply(Changes(removed=list(blocks)))
-        self.sealed.tier.free([entry.extent for entry in gone.values()])
-        return sum(entry.n_tokens for entry in gone.values())
 
     def _leave(self, blocks: Iterable[BlockId]) -> None:
         for block in blocks:
@@ -278,8 +261,8 @@ class Below:
     def usage(self, pending_blocks: int) -> TierUsage:
         medium = self.sealed.tier.usage()
         oldest = next(self.policy.oldest_first(), None)
-        now_us = int(self._clock() * 1e6)
-        oldest_us = None if oldest is None else self._used.get(oldest) or self.entries([oldest])[oldest].used_us
+        now_us = self._now_us()
+        oldest_us = None if oldest is None else self._last_use_us(oldest)
         return TierUsage(
             tier=self._tier,
             capacity_bytes=self.sealed.tier.properties.capacity_bytes,
@@ -288,26 +271,30 @@ class Below:
             tokens=self._tokens,
             pending_blocks=pending_blocks,
             state="degraded" if self.loads.failing or self.stores.failing else "ok",
-            notes=medium.notes,
+            notes=(*medium.notes, *self._notes),
             oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
             newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
         )
+
+    def _last_use_us(self, block: BlockId) -> int | None:
+        if block in self._used:
+            return self._used[block]
+        entry = self.entries([block]).get(block)
+        return None if entry is None else entry.used_us
 
     async def close(self) -> None:
         """Write down when blocks were last used, and let go of index and medium."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         async with self._turn:
-            job = partial(self._close_job, self._used)
-            await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
+            try:
+                await asyncio.to_thread(self.index.apply, Changes(used=self._used))
+            except TierError as error:  # stamps only: the next start evicts in a poorer order
+                self._failed(error)
+            await asyncio.to_thread(self._durable.close)
 
-    def _close_job(self, used: dict[BlockId, int], _buffer: memoryview) -> None:
-        try:
-            self.index.apply(Changes(used=used))
-        except TierError as error:  # stamps only: the next start evicts in a poorer order
-            self._failed(error)
-        self.index.close()
-        self.sealed.tier.close()
+    def _now_us(self) -> int:
+        return int(self._clock() * 1e6)
 
     def _failed(self, error: TierError) -> None:
         reason = "full" if isinstance(error, TierFull) else "io"

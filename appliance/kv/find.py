@@ -5,7 +5,7 @@ Invariant: nothing here changes anything, not even recency. Threading: event loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 
 from appliance.kv.base import Hit, Lookup, LookupState, NewBlock
 from appliance.kv.below import Below
@@ -14,8 +14,6 @@ from appliance.kv.siblings import longest_common
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, Tokens
-
-_FIRST_CHUNK = 32
 
 
 class Finder:
@@ -37,16 +35,13 @@ class Finder:
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
         size = self._layout.block_tokens
         names = self._names(ns, tokens)
-        ids = names[1:]
         payload_bytes = self._layout.payload_bytes(size)
         hits: list[Hit] = []
-        reach = 0  # ids[:reach] were found: in DRAM one by one, below in chunks
-        for n, block in enumerate(ids):
+        below = self._usable_below()
+        for n, block in enumerate(names[1:]):
             entry = self._dram.get(block)
-            if entry is None and n >= reach:
-                reach = n + self._present_below(ids, n)
-                if reach == n:
-                    break
+            if entry is None and block not in below:
+                break
             tier, state = _where(entry)
             hits.append(Hit(block, names[n], n * size, size, size, tier, state, payload_bytes))
         partial = self._partial(names[len(hits)], tokens, len(hits) * size)
@@ -55,7 +50,7 @@ class Finder:
     def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
         size = self._layout.block_tokens
         names = self._names(ns, tokens)
-        below = self._below.entries(names[1:]) if self._below and self._below.loads.allows else {}
+        below = self._usable_below()
         found = [
             NewBlock(block, names[n], n * size, tokens[n * size : (n + 1) * size])
             for n, block in enumerate(names[1:])
@@ -72,18 +67,9 @@ class Finder:
         root = self.root(ns)
         return [BlockId(root), *chain(self.hash_key(ns), root, tokens, self._layout.block_tokens)]
 
-    def _present_below(self, ids: Sequence[BlockId], start: int) -> int:
-        """How many blocks from `start` on can be loaded, looking at most a growing chunk beyond the last one found."""
-        if self._below is None or not self._below.loads.allows:
-            return 0
-        done, chunk = 0, _FIRST_CHUNK
-        while True:
-            wanted = ids[start + done : start + done + chunk]
-            found = self._below.present(wanted)
-            done += found
-            if found < len(wanted) or not wanted:
-                return done
-            chunk *= 4
+    def _usable_below(self) -> Container[BlockId]:
+        """What can be loaded. Nothing while the medium fails: its blocks are worth computing and keeping in DRAM again."""
+        return self._below.policy if self._below is not None and self._below.loads.allows else ()
 
     def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
         """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
@@ -114,7 +100,7 @@ class Finder:
         """Whether some tier holds the block or will, or holds all of it in a longer one."""
         if self._dram.get(new.block) is not None:
             return True
-        if self._below is not None and self._below.loads.allows and new.block in self._below:
+        if new.block in self._usable_below():
             return True
         return len(new.tokens) < self._layout.block_tokens and self._covered(new.parent, new.tokens)
 

@@ -35,7 +35,6 @@ _U64 = Struct(">Q")  # big-endian keys: LMDB's order is the order of segments
 _META = Struct("<I16s")
 _MAC_BYTES = 16
 _ID_BYTES = 32
-_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +88,6 @@ class Index:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def present(self, blocks: Sequence[BlockId]) -> int:
-        """How many of `blocks`, from the first on, are all there."""
-        done = 0
-        copy, equal = self._mac.copy, hmac.compare_digest  # a million-token prompt comes here 3,906 times
-        with self._cursor(self._blocks) as cursor:
-            while done < len(blocks):
-                chunk = blocks[done : done + _CHUNK]
-                found = cursor.getmulti(chunk)
-                for wanted, (key, value) in zip(chunk, found, strict=False):
-                    mac = copy()
-                    mac.update(key + value[:-_MAC_BYTES])
-                    if wanted != key or not equal(mac.digest(), value[-_MAC_BYTES:]):
-                        return done
-                    done += 1
-                if len(found) < len(chunk):
-                    return done
-        return done
-
     def get_many(self, blocks: Iterable[BlockId]) -> dict[BlockId, IndexEntry]:
         """The entries of those that are there."""
         with self._cursor(self._blocks) as cursor:
@@ -119,6 +100,7 @@ class Index:
         if known is not None:
             return known
         found: list[tuple[bytes, BlockId]] = []
+        version = self._siblings.version()
         with self._cursor(self._children) as cursor:
             more = cursor.set_range(parent)
             while more and (key := cursor.key()).startswith(parent):
@@ -127,7 +109,7 @@ class Index:
                     found.append((tokens, BlockId(key[_ID_BYTES:])))
                 more = cursor.next()
         found.sort()
-        self._siblings.put(parent, found)
+        self._siblings.put(parent, found, version)
         return found
 
     def child_tokens(self, parent: BlockId, block: BlockId) -> Tokens | None:

@@ -57,6 +57,7 @@ async def open_store(
     clock: Callable[[], float] = time.time,
 ) -> TieredStore:
     """The store of one model. ConfigError if the pool is too small for its blocks."""
+    shape = pool.partition(layout.slot_bytes)
     sealed: SealedTier | None = None
     recovered: Recovered | None = None
     notes: list[str] = []
@@ -72,6 +73,7 @@ async def open_store(
         fingerprint=fingerprint,
         layout=layout,
         pool=pool,
+        shape=shape,
         transfers=TransferPool(kv.transfer_threads, buffer_bytes),
         sealed=sealed,
         recovered=recovered,

@@ -8,6 +8,7 @@ runs before anything else uses tier or index.
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from appliance.errors import IntegrityError, TierError
 from appliance.kv.check import remove, renew
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, SegmentInfo
+from appliance.kv.tiers.files import tier_error
 from appliance.kv.tiers.sealed import Found, Scratch, SealedTier
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, Tokens
@@ -22,45 +24,70 @@ from appliance.types import BlockId, Tokens
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Recovered:
-    """What start-up found, and mended."""
+@dataclass(frozen=True)
+class Mended:
+    """What start-up found wrong, and put right."""
 
-    index: Index
-    entries: dict[BlockId, IndexEntry]
-    """Everything that is stored."""
-    rebuilt: bool = False
-    """The index was missing or damaged."""
-    adopted: int = 0
-    """Good records beyond the committed end: written, but not indexed before the crash."""
     found: int = 0
-    """Records of a rebuild."""
+    """Records indexed anew because the index was missing or damaged."""
     dangling: int = 0
-    """Index entries whose segment is missing, short or set aside."""
+    """Index entries dropped: their segment is missing, short or set aside."""
     quarantined: int = 0
     """Segments set aside."""
     evicted: int = 0
     """Blocks beyond the capacity."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For an operator."""
+        said = (
+            (self.found, "the index was missing or damaged: rebuilt from {} records"),
+            (self.dangling, "{} blocks were lost with their segments"),
+            (self.quarantined, "{} segments do not verify and were set aside"),
+        )
+        return tuple(text.format(n) for n, text in said if n)
+
+
+NOTHING_MENDED = Mended()
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """An index and its segments that agree."""
+
+    index: Index
+    entries: dict[BlockId, IndexEntry]
+    """Everything that is stored."""
+    adopted: int
+    """Good records beyond a committed end: durable before the crash, but not yet indexed."""
+    mended: Mended
+
 
 def recover(sealed: SealedTier, keyring: Keyring, folder: Path) -> Recovered:
     """TierError if the medium, or the folder of the index, cannot be used at all."""
     segments, quarantined = _own_segments(sealed)
-    state = _open_index(sealed, keyring, folder)
-    state.quarantined = quarantined
-    state.entries = dict(state.index.entries())
-    committed = state.index.ends()
-    lost = [b for b, entry in state.entries.items() if entry.extent.end > segments.get(entry.extent.segment, 0)]
+    index, rebuilt = _open_index(sealed, keyring, folder)
+    entries = dict(index.entries())
+    committed = index.ends()
+    lost = [block for block, entry in entries.items() if entry.extent.end > segments.get(entry.extent.segment, 0)]
     for block in lost:
-        del state.entries[block]
-    state.dangling = len(lost)
-    state.index.apply(Changes(removed=lost, gone=[number for number in committed if number not in segments]))
+        del entries[block]
+    index.apply(Changes(removed=lost, gone=[number for number in committed if number not in segments]))
+    known = len(entries)
+    live: dict[int, list[Extent]] = {number: [] for number in segments}
     for number, end in segments.items():
-        _adopt(sealed, state, number, committed.get(number, ALIGN_BYTES), end)
-        live = [entry.extent for entry in state.entries.values() if entry.extent.segment == number]
-        sealed.tier.settle(number, live)
-    _fit(sealed, state)
-    return state
+        added = _scan(sealed, entries, number, committed.get(number, ALIGN_BYTES), end, heads_only=rebuilt)
+        end = max((entry.extent.end for entry, _ in added.values()), default=committed.get(number, ALIGN_BYTES))
+        index.apply(Changes(added=added, ends={number: end}))
+        entries.update((block, entry) for block, (entry, _) in added.items())
+    found = len(entries) - known
+    for entry in entries.values():
+        live[entry.extent.segment].append(entry.extent)
+    for number, extents in live.items():
+        sealed.tier.settle(number, extents)
+    evicted = _fit(sealed, index, entries)
+    mended = Mended(found if rebuilt else 0, len(lost), quarantined, evicted)
+    return Recovered(index, entries, 0 if rebuilt else found, mended)
 
 
 def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], int]:
@@ -70,7 +97,7 @@ def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], int]:
     for info in sealed.tier.scan():
         if _is_ours(sealed, info):
             ends[info.segment] = info.end
-        elif not info.head:
+        elif info.head == b"":
             sealed.tier.settle(info.segment, ())  # created and never written: a crash, not damage
         else:
             sealed.tier.set_aside(info.segment)
@@ -78,48 +105,43 @@ def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], int]:
     return ends, quarantined
 
 
-def _adopt(sealed: SealedTier, state: Recovered, number: int, start: int, end: int) -> None:
-    """Index the records of a segment from `start` on: by their heads if the index is new, else only if they open."""
-    added: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
+def _scan(
+    sealed: SealedTier, known: Container[BlockId], number: int, start: int, end: int, *, heads_only: bool
+) -> dict[BlockId, tuple[IndexEntry, Tokens]]:
+    """Records of [start, end) of a segment that are not known yet; those that open as a whole, unless `heads_only`."""
+    found: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
     scratch = Scratch()
     for record in sealed.heads(number, start, end):
-        identity = record.meta.identity
-        if identity.block not in state.entries and (state.rebuilt or _opens(sealed, record.extent, scratch)):
-            added[identity.block] = (_entry(record), identity.tokens)
-            state.entries[identity.block] = added[identity.block][0]
-            start = record.extent.end
-    state.index.apply(Changes(added=added, ends={number: start}))
-    if state.rebuilt:
-        state.found += len(added)
-    else:
-        state.adopted += len(added)
+        block = record.meta.identity.block
+        if block not in known and (heads_only or _opens(sealed, record.extent, scratch)):
+            found[block] = (_entry(record), record.meta.identity.tokens)
+    return found
 
 
 def _is_ours(sealed: SealedTier, info: SegmentInfo) -> bool:
     try:
         sealed.superblock(info)
     except IntegrityError as error:
-        if info.head:
+        if info.head != b"":
             log.warning("segment %016x is set aside: %s", info.segment, error)
         return False
     return True
 
 
-def _open_index(sealed: SealedTier, keyring: Keyring, folder: Path) -> Recovered:
+def _open_index(sealed: SealedTier, keyring: Keyring, folder: Path) -> tuple[Index, bool]:
+    """The checked index, or an empty one that is to be rebuilt (True)."""
     path = folder / FILE_NAME
     # 4 bytes of token id for at least some hundred bytes of KV: an eighth of the tier is far more than is ever used
     map_bytes = 2**30 + sealed.tier.properties.capacity_bytes // 8 // ALIGN_BYTES * ALIGN_BYTES
+    secret, uuid = keyring.index_key, keyring.store_uuid
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        checked = renew(path, index_key=keyring.index_key, store_uuid=keyring.store_uuid, map_bytes=map_bytes)
-        if not checked:
-            remove(path)
-        index = Index(
-            path, index_key=keyring.index_key, store_uuid=keyring.store_uuid, map_bytes=map_bytes, create=not checked
-        )
+        if renew(path, index_key=secret, store_uuid=uuid, map_bytes=map_bytes):
+            return Index(path, index_key=secret, store_uuid=uuid, map_bytes=map_bytes), False
+        remove(path)
+        return Index(path, index_key=secret, store_uuid=uuid, map_bytes=map_bytes, create=True), True
     except OSError as error:
-        raise TierError(f"cannot use {folder}: {error.strerror}") from None
-    return Recovered(index, {}, rebuilt=not checked)
+        raise tier_error(error, f"cannot use {folder}") from None
 
 
 def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
@@ -137,19 +159,20 @@ def _entry(record: Found) -> IndexEntry:
     )
 
 
-def _fit(sealed: SealedTier, state: Recovered) -> None:
+def _fit(sealed: SealedTier, index: Index, entries: dict[BlockId, IndexEntry]) -> int:
     """Evict, least recently used and deepest first, until the tier is within a capacity that may be smaller than before."""
-    order = iter(by_age(state.entries))
+    before = len(entries)
+    order = iter(by_age(entries))
     while excess := sealed.tier.shortfall(b"", ()):
         victims: list[BlockId] = []
         while excess > 0 and (block := next(order, None)) is not None:
             victims.append(block)
-            excess -= state.entries[block].extent.length
+            excess -= entries[block].extent.length
         if not victims:
-            return
-        state.index.apply(Changes(removed=victims))
-        sealed.tier.free([state.entries.pop(block).extent for block in victims])
-        state.evicted += len(victims)
+            break
+        index.apply(Changes(removed=victims))
+        sealed.tier.free([entries.pop(block).extent for block in victims])
+    return before - len(entries)
 
 
 def by_age(entries: dict[BlockId, IndexEntry]) -> list[BlockId]:

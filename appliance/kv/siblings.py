@@ -54,6 +54,7 @@ class SiblingCache:
         self._lock = threading.Lock()
         self._lists: OrderedDict[BlockId, list[tuple[bytes, BlockId]]] = OrderedDict()
         self._count = 0
+        self._version = 0
 
     def get(self, parent: BlockId) -> list[tuple[bytes, BlockId]] | None:
         with self._lock:
@@ -62,8 +63,15 @@ class SiblingCache:
                 self._lists.move_to_end(parent)
             return found
 
-    def put(self, parent: BlockId, children: list[tuple[bytes, BlockId]]) -> None:
+    def version(self) -> int:
+        """Counts changes. Taken before the index is read, it tells put() whether what was read is still so."""
         with self._lock:
+            return self._version
+
+    def put(self, parent: BlockId, children: list[tuple[bytes, BlockId]], version: int) -> None:
+        with self._lock:
+            if version != self._version:
+                return
             self._count += len(children) - len(self._lists.get(parent, ()))
             self._lists[parent] = children
             while self._count > _CACHED_CHILDREN and len(self._lists) > 1:
@@ -71,6 +79,7 @@ class SiblingCache:
 
     def add(self, parent: BlockId, tokens: bytes, block: BlockId) -> None:
         with self._lock:
+            self._version += 1
             siblings = self._lists.get(parent)
             if (
                 siblings is not None
@@ -81,6 +90,7 @@ class SiblingCache:
 
     def discard(self, parent: BlockId, block: BlockId) -> None:
         with self._lock:
+            self._version += 1
             siblings = self._lists.get(parent)
             if siblings is not None:
                 self._lists[parent] = [child for child in siblings if child[1] != block]

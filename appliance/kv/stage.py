@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from appliance.kv.base import Hit, Staged
@@ -108,7 +108,7 @@ class Stage:
         extents: list[Extent] = []
         for hit in window:
             at = found.get(hit.block)
-            if self._dram.get(hit.block) is not None or (extents and not self._adjacent(extents, at)):
+            if self._dram.get(hit.block) is not None or (run.hits and not self._continues(run, extents, hit, at)):
                 break
             if not self._dram.has_room() or not self._dram.may_pin(None):
                 return self._start(run, extents)
@@ -124,22 +124,26 @@ class Stage:
             self._plan.clear()
         return self._start(run, extents)
 
-    def _adjacent(self, extents: Sequence[Extent], at: IndexEntry | None) -> bool:
+    def _continues(self, run: _Run, extents: Sequence[Extent], hit: Hit, at: IndexEntry | None) -> bool:
+        """Whether one read may go on from what the run has to this record."""
+        assert self._below is not None
         if at is None or at.extent.segment != extents[-1].segment or at.extent.offset != extents[-1].end:
             return False
-        return at.extent.end - extents[0].offset <= self._limits.read_bytes
+        suspect = not self._below.suspects.isdisjoint((run.hits[0].block, hit.block))
+        return not suspect and at.extent.end - extents[0].offset <= self._limits.read_bytes
 
     def _start(self, run: _Run, extents: list[Extent]) -> _Run:
         if run.hits:
             assert self._below is not None
-            run.load = self._below.spawn(self._load(self._below, run, extents))
+            loading = self._below.load([self._plain(entry) for entry in run.entries], extents)
+            run.load = self._below.spawn(self._finish(run, loading))
         return run
 
-    async def _load(self, below: Below, run: _Run, extents: list[Extent]) -> Loaded:
+    async def _finish(self, run: _Run, loading: Awaitable[Loaded]) -> Loaded:
         """Lives on when the staging ends early: others may wait for the same blocks."""
         opened = 0
         try:
-            loaded = await below.load([self._plain(entry) for entry in run.entries], extents)
+            loaded = await loading
             opened = loaded.opened
         finally:
             for n, entry in enumerate(run.entries):

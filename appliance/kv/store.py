@@ -37,6 +37,7 @@ class TieredStore(KVStore):
         fingerprint: Fingerprint,
         layout: BlockLayout,
         pool: DramPool,
+        shape: PoolShape,
         transfers: TransferPool,
         sealed: SealedTier | None,
         recovered: Recovered | None,
@@ -46,7 +47,7 @@ class TieredStore(KVStore):
         notes: Sequence[str] = (),
     ) -> None:
         """`sealed` and `recovered` go together; without them blocks live in DRAM only and `notes` say why."""
-        self.pool: PoolShape = pool.partition(layout.slot_bytes)
+        self.pool: PoolShape = shape
         self._fingerprint = fingerprint
         self._layout = layout
         self._memory = pool
@@ -61,7 +62,6 @@ class TieredStore(KVStore):
         self._dram = DramTable(pool, self.pool, LeafFirstLru())
         self._below: Below | None = None
         self._writer: WriteBehind | None = None
-        self._recovered = recovered
         if sealed is not None and recovered is not None:
             self._below = Below(sealed, recovered, transfers, layout, self._counts, clock)
             self._writer = WriteBehind(self._dram, self._below, layout, self._plain, self._counts)
@@ -213,13 +213,13 @@ class TieredStore(KVStore):
     async def verify(self, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
         """Open every record and cross-check the index while serving; `repair` drops what is bad."""
         below, loop = self._below, asyncio.get_running_loop()
-        if below is None or self._recovered is None:
+        if below is None:
             return
 
         def drop(blocks: Sequence[BlockId]) -> None:
             asyncio.run_coroutine_threadsafe(below.drop(blocks), loop).result()
 
-        steps = verify(below.sealed, self._recovered, drop=drop if repair else None)
+        steps = verify(below.sealed, below.index, drop=drop if repair else None)
         while (step := await asyncio.to_thread(next, steps, None)) is not None:
             yield step
 

@@ -11,33 +11,32 @@ from collections.abc import Callable, Iterator, Sequence
 
 from appliance.api.control import VerifyProgress, VerifyReport
 from appliance.errors import IntegrityError, TierError
-from appliance.kv.index import IndexEntry
-from appliance.kv.recovery import Recovered
+from appliance.kv.index import Index, IndexEntry
+from appliance.kv.recovery import NOTHING_MENDED, Mended
 from appliance.kv.tiers.sealed import Scratch, SealedTier
 from appliance.types import BlockId
 
 _STEP_BYTES = 32 * 2**20
 
-Drop = Callable[[Sequence[BlockId]], None]
+Drop = Callable[[Sequence[BlockId]], object]
 """Forgets blocks: their index entries, then their bytes."""
 
 
-def verify(sealed: SealedTier, recovered: Recovered, *, drop: Drop | None) -> Iterator[VerifyProgress]:
-    """The last step carries the report. What start-up found damaged, and mended, is part of it.
+def verify(
+    sealed: SealedTier, index: Index, *, drop: Drop | None, mended: Mended = NOTHING_MENDED
+) -> Iterator[VerifyProgress]:
+    """The last step carries the report. `mended` is what the start before this found wrong, and put right.
 
     index_missing: records a rebuild found; 0 if the index was whole. index_dangling: entries without a readable record.
     """
     started_s = time.perf_counter()
-    index = recovered.index
     entries = sorted(index.entries(), key=lambda item: item[1].extent)
     bad: dict[BlockId, str] = {}
     nbytes = checked = since_step = 0
     scratch = Scratch()
     for n, (block, entry) in enumerate(entries):
         reason = _fault(sealed, block, entry, scratch)
-        if reason is None or index.get_many([block]).get(block, entry).extent == entry.extent:
-            if reason is not None and block not in index.get_many([block]):
-                continue
+        if reason is None or _is_there(index, block, entry):
             checked += 1
             nbytes += entry.extent.length
             if reason is not None:
@@ -55,12 +54,17 @@ def verify(sealed: SealedTier, recovered: Recovered, *, drop: Drop | None) -> It
         bytes_read=nbytes,
         ok=checked - len(bad),
         bad=dict(reasons),
-        index_missing=recovered.found,
-        index_dangling=recovered.dangling + len(bad) - reasons.total(),
-        repaired=recovered.found + recovered.dangling + (len(bad) if drop is not None else 0),
+        index_missing=mended.found,
+        index_dangling=mended.dangling + len(bad) - reasons.total(),
+        repaired=mended.found + mended.dangling + (len(bad) if drop is not None else 0),
         seconds=time.perf_counter() - started_s,
     )
     yield VerifyProgress(records_done=len(entries), records_total=len(entries), report=report)
+
+
+def _is_there(index: Index, block: BlockId, entry: IndexEntry) -> bool:
+    now = index.get_many([block]).get(block)
+    return now is not None and now.extent == entry.extent
 
 
 def _fault(sealed: SealedTier, block: BlockId, entry: IndexEntry, scratch: Scratch) -> str | None:

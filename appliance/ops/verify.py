@@ -6,18 +6,17 @@ the report tells of it. Blocking.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from appliance.api.control import VerifyProgress
 from appliance.config import Profile
-from appliance.kv.index import Changes
+from appliance.kv.durable import Durable
 from appliance.kv.opening import open_below
 from appliance.kv.verify import verify as verify_records
 from appliance.ops.home_lock import only_one
 from appliance.ops.init import key_file
 from appliance.security.keyring import Keyring
-from appliance.types import BlockId
 
 
 def verify(home: Path, profile: Profile, *, repair: bool) -> Iterator[VerifyProgress]:
@@ -25,15 +24,10 @@ def verify(home: Path, profile: Profile, *, repair: bool) -> Iterator[VerifyProg
     with only_one(home):
         keyring = Keyring.open(home, key_file(home, profile))
         sealed, recovered = open_below(home, keyring, profile.tiers.nvme)
-        index = recovered.index
-
-        def drop(blocks: Sequence[BlockId]) -> None:
-            extents = [entry.extent for entry in index.get_many(blocks).values()]
-            index.apply(Changes(removed=blocks))
-            sealed.tier.free(extents)
-
+        durable = Durable(sealed, recovered.index)
         try:
-            yield from verify_records(sealed, recovered, drop=drop if repair else None)
+            yield from verify_records(
+                sealed, recovered.index, drop=durable.erase if repair else None, mended=recovered.mended
+            )
         finally:
-            index.close()
-            sealed.tier.close()
+            durable.close()

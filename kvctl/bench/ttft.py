@@ -63,6 +63,7 @@ class TtftReport(BaseModel):
     engine: str
     kv_bytes_per_token: int
     threads: int
+    quiet_threads: int
     batch_threads: int
     rss_bytes: int
     """Resident memory of both processes beyond weights, KV cells and DRAM pool, after the last context."""
@@ -101,6 +102,7 @@ def run(options: Options) -> TtftReport:
         engine=status.engine.engine,
         kv_bytes_per_token=status.engine.kv_bytes_per_token,
         threads=status.engine.threads,
+        quiet_threads=status.engine.quiet_threads,
         batch_threads=status.engine.batch_threads,
         rss_bytes=status.rss_bytes,
         contexts=contexts,

@@ -56,7 +56,10 @@ def _parts(status: Status) -> Iterator[RenderableType]:
                 "context",
                 f"{output.count(engine.context_tokens)} tokens, {output.size(engine.kv_bytes_per_token)} each, KV {engine.kv_mode}",
             ),
-            ("threads", f"{engine.threads} decode, {engine.batch_threads} prefill"),
+            (
+                "threads",
+                f"decode {engine.quiet_threads}, {engine.threads} beside others; prefill {engine.batch_threads}",
+            ),
             ("measured", f"{engine.decode_step_ms:.1f} ms per token, {engine.prefill_tokens_per_s:,.0f} tok/s prefill"),
             (
                 "memory",

@@ -47,6 +47,7 @@ STATUS = control.Status(
         kv_mode="rows",
         context_tokens=16384,
         threads=1,
+        quiet_threads=2,
         batch_threads=2,
         decode_step_ms=21.4,
         prefill_tokens_per_s=412.0,

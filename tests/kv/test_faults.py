@@ -14,6 +14,7 @@ import pytest
 
 from appliance.config import NvmeSection
 from appliance.kv.opening import open_below
+from appliance.kv.recovery import Mended
 from appliance.kv.tiers.base import Extent
 from appliance.kv.verify import verify
 from tests.support.faulty import full
@@ -54,7 +55,7 @@ def _overwrite(home: Path, extent: Extent, offset: int, data: bytes) -> None:
 
 def _clean(home: Path, capacity: int = 2**20) -> bool:
     sealed, recovered = open_below(home, keyring(home), NvmeSection(capacity=capacity, segment=2**16))
-    report = list(verify(sealed, recovered, drop=None))[-1].report
+    report = list(verify(sealed, recovered.index, drop=None))[-1].report
     recovered.index.close()
     sealed.tier.close()
     assert report is not None
@@ -154,7 +155,7 @@ async def test_no_index_is_rebuilt_from_the_heads(tmp_path: Path, content: bytes
     if content is not None:
         path.write_bytes(content)
     sealed, recovered = open_below(tmp_path, keyring(tmp_path), NvmeSection(capacity=2**20, segment=2**16))
-    assert (recovered.rebuilt, recovered.found, recovered.quarantined) == (True, 14, 0)
+    assert recovered.mended == Mended(found=14)
     recovered.index.close()
     sealed.tier.close()
     assert await _usable(tmp_path) == (len(TOKENS), len(OTHER))
@@ -171,7 +172,7 @@ async def test_an_index_that_is_behind_adopts_what_was_written(tmp_path: Path) -
     torn = _segments(tmp_path)[-1]
     torn.write_bytes(torn.read_bytes() + os.urandom(8192))  # begun and not finished
     sealed, recovered = open_below(tmp_path, keyring(tmp_path), NvmeSection(capacity=2**20, segment=2**16))
-    assert (recovered.rebuilt, recovered.adopted, recovered.dangling) == (False, 7, 0)
+    assert (recovered.adopted, recovered.mended) == (7, Mended())
     recovered.index.close()
     sealed.tier.close()
     assert await _usable(tmp_path) == (len(TOKENS), len(OTHER))
@@ -182,7 +183,7 @@ async def test_an_index_that_is_ahead_drops_what_is_gone(tmp_path: Path) -> None
     last = _segments(tmp_path)[-1]
     os.truncate(last, last.stat().st_size - 4096)
     sealed, recovered = open_below(tmp_path, keyring(tmp_path), NvmeSection(capacity=2**20, segment=2**16))
-    assert (recovered.rebuilt, recovered.dangling) == (False, 1)
+    assert recovered.mended == Mended(dangling=1)
     recovered.index.close()
     sealed.tier.close()
     for path in _segments(tmp_path):
@@ -199,7 +200,7 @@ async def test_a_foreign_segment_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "b" / "store" / "00000000000000ff.seg").write_bytes(foreign.read_bytes())
     async with opened(tmp_path / "b") as store:
         assert await restored(store, TOKENS) == len(TOKENS)
-        assert store._recovered.quarantined == 1
+        assert store.counters()["quarantined_segments_total"] == 1
         assert store.usage()[1].used_bytes <= 2**20
     assert (tmp_path / "b" / "store" / "quarantine" / "00000000000000ff.seg").exists()
 

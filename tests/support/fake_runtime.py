@@ -163,7 +163,7 @@ class FakeAdmin(Admin):
     async def status(self) -> Status:
         engine = EngineStatus(
             engine="fake 1.0", pid=2, restarts=0, model=MODEL.id, description=MODEL.description, kv_mode="rows",
-            context_tokens=4096, threads=1, batch_threads=2, decode_step_ms=1.0, prefill_tokens_per_s=100.0,
+            context_tokens=4096, threads=1, quiet_threads=2, batch_threads=2, decode_step_ms=1.0, prefill_tokens_per_s=100.0,
             kv_bytes_per_token=8, weight_bytes=16, cell_bytes=32, sequences_resident=0, notes=[],
         )  # fmt: skip
         totals = Totals(

@@ -1,8 +1,9 @@
 """How many threads to compute with, measured on this box with this model at start.
 
 A step on all cores can be many times slower than on one as soon as anything else runs, because the compute threads
-wait for each other by spinning. So decode threads are chosen by the worst of an idle box and one busy
-core; prefill, which nobody waits for token by token, by the best idle time. Threading: compute thread, nothing else running.
+wait for each other by spinning. So there are two numbers for decode: one chosen by the worst of an idle box and one busy
+core, one by the idle box alone; `others_running` says before each step which of them holds. Prefill, which nobody waits
+for token by token, goes by the best idle time. Threading: compute thread, nothing else running.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-STEPS = 3
+STEPS = 5
 SLICE_S = 0.25
 """A measurement ends after STEPS steps or this long, whichever is first, but has at least one step."""
+
+BATCHES = 2
+"""Prefill batches of which the quicker counts: a disturbance can only slow one down."""
 
 GOOD_ENOUGH = 1.1
 """Fewer threads win when they are within this factor of the best: a core left over serves everything else."""
@@ -28,8 +32,12 @@ GOOD_ENOUGH = 1.1
 @dataclass(frozen=True)
 class Speed:
     threads: int
+    """For a step while something else runs."""
+    quiet_threads: int
+    """For a step while nothing else does."""
     batch_threads: int
     decode_step_s: float
+    """With quiet_threads."""
     prefill_tokens_per_s: float
 
 
@@ -40,6 +48,7 @@ def calibrate(
     cores = len(os.sched_getaffinity(0))
     candidates = sorted({1, max(1, cores // 2), max(1, cores - 1), cores})
     idle = {n: _step_s(partial(decode, n)) for n in ([threads] if threads else candidates)}
+    quiet_threads = min(idle, key=lambda n: idle[n])
     if not threads:
         worst = dict(idle)
         if cores > 1:
@@ -48,9 +57,18 @@ def calibrate(
                     worst[n] = max(idle[n], _step_s(partial(decode, n)))
         threads = min(n for n in candidates if worst[n] <= GOOD_ENOUGH * min(worst.values()))
     choices = [batch_threads] if batch_threads else [n for n in candidates if 2 * n >= cores]
-    rates = {n: prefill_tokens / _timed(partial(prefill, n)) for n in choices}
+    rates = {n: prefill_tokens / min(_timed(partial(prefill, n)) for _ in range(BATCHES)) for n in choices}
     batch_threads = max(rates, key=lambda n: rates[n])
-    return Speed(threads, batch_threads, idle[threads], rates[batch_threads])
+    return Speed(threads, quiet_threads, batch_threads, idle[quiet_threads], rates[batch_threads])
+
+
+def others_running() -> bool:
+    """Whether anything but the calling thread wants a core right now (proc(5), loadavg: runnable entities)."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            return int(file.read().split()[3].partition("/")[0]) > 1
+    except (OSError, ValueError, IndexError):
+        return True
 
 
 def _step_s(step: Callable[[], None]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llama_cpp import llama_cpp as ll
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row, Sampler
 from appliance.engine.llamacpp import native
-from appliance.engine.llamacpp.calibrate import calibrate
+from appliance.engine.llamacpp.calibrate import calibrate, others_running
 from appliance.engine.llamacpp.identity import fingerprint
 from appliance.engine.llamacpp.sampling import ChainSampler
 from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, probe
@@ -40,7 +40,8 @@ class LlamaCppEngine(Engine):
         metadata = native.metadata(self._model)
         self._text = Text(self._model, metadata)
         self._batch = _Batch(config.batch_tokens)
-        self._threads = (config.threads or 1, config.batch_threads or 1)
+        self._threads = Threads(config.threads or 1, config.threads or 1, config.batch_threads or 1)
+        self._busy = False
         self._batch_index: list[int] = []
         first = min(64, self._text.vocab_tokens)
         self._sample_tokens = Tokens.of(i % first for i in range(CALIBRATION_TOKENS))
@@ -58,7 +59,7 @@ class LlamaCppEngine(Engine):
             config.threads,
             config.batch_threads,
         )
-        self._threads = (speed.threads, speed.batch_threads)
+        self._threads = Threads(speed.threads, speed.quiet_threads, speed.batch_threads)
         context_tokens = int(ll.llama_n_ctx(self._context))
         train_tokens = int(ll.llama_model_n_ctx_train(self._model))
         notes = []
@@ -82,6 +83,7 @@ class LlamaCppEngine(Engine):
             layout=layout,
             fingerprint=fingerprint(config, metadata, self._state.layout, mode, layout),
             threads=speed.threads,
+            quiet_threads=speed.quiet_threads,
             batch_threads=speed.batch_threads,
             decode_step_s=speed.decode_step_s,
             prefill_tokens_per_s=speed.prefill_tokens_per_s,
@@ -105,12 +107,16 @@ class LlamaCppEngine(Engine):
     # --- compute -------------------------------------------------------------------------------------------------
 
     def decode(self, rows: Sequence[Row]) -> None:
-        threads, batch_threads = self._threads
+        threads = self._threads.batch
         if all(len(row.tokens) == 1 for row in rows):
-            batch_threads = threads  # llama.cpp takes the batch number for anything longer than one token
-        ll.llama_set_n_threads(self._context, threads, batch_threads)
+            # Just before a step somebody still delivers the last token, just after one a next request may arrive: those
+            # are over in a millisecond. Whoever is there both times will be there all the time.
+            busy = self._busy and others_running()
+            threads = self._threads.shared if busy else self._threads.quiet
+        ll.llama_set_n_threads(self._context, threads, threads)
         batch, self._batch_index = self._batch.fill(rows)
         code = ll.llama_decode(self._context, batch)
+        self._busy = others_running()
         if code:
             for row in rows:  # part of the batch may have been computed
                 self.drop(row.seq, row.start)
@@ -158,10 +164,18 @@ class LlamaCppEngine(Engine):
         self.decode([Row(seq, 0, self._sample_tokens[:n_tokens], True)])
 
     def _timed_batch(self, n_tokens: int, threads: int) -> None:
-        self._threads = (threads, threads)
+        self._threads = Threads(threads, threads, threads)
         self._compute_sample(0, n_tokens)
         ll.llama_synchronize(self._context)
         ll.llama_memory_clear(self._memory, False)
+
+
+class Threads(NamedTuple):
+    """Of a decode step beside others, of one on a quiet box, and of prefill."""
+
+    shared: int
+    quiet: int
+    batch: int
 
 
 class _Batch:

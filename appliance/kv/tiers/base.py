@@ -48,8 +48,8 @@ class SegmentInfo:
     """One segment as found on the medium."""
 
     segment: int
-    head: bytes
-    """Its first ALIGN_BYTES, or fewer if it is shorter: a superblock nobody has verified yet."""
+    head: bytes | None
+    """Its first ALIGN_BYTES, or fewer if it is shorter: a superblock nobody has verified yet. None: cannot be read."""
     end: int
     """Bytes from the start of the segment to its end, holes included."""
 

@@ -259,9 +259,13 @@ class NvmeTier(RecordTier):
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:016x}.seg"
 
-    def _head(self, path: Path) -> bytes:
-        with opened(path, os.O_RDONLY) as fd:
-            return os.pread(fd, ALIGN_BYTES, 0)
+    def _head(self, path: Path) -> bytes | None:
+        try:
+            with opened(path, os.O_RDONLY) as fd:
+                return os.pread(fd, ALIGN_BYTES, 0)
+        except OSError as error:
+            self._note(f"{path.name} cannot be read ({error.strerror})")
+            return None
 
     def _writable(self, segment: _Segment) -> int:
         """The segment's file, with its superblock in place."""

@@ -147,7 +147,7 @@ class SealedTier:
 
     def superblock(self, info: SegmentInfo) -> Superblock:
         return parse_superblock(
-            info.head,
+            info.head or b"",
             store_uuid=self._keyring.store_uuid,
             segment_id=info.segment,
             data_key=self._keyring.data_key,
