@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from appliance.errors import TierError, TierFull
 from appliance.kv.breaker import Breaker
 from appliance.kv.durable import Durable
 from appliance.kv.index import Changes, IndexEntry
+from appliance.kv.loads import Loads, failed
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import record_bytes
 from appliance.kv.recovery import Recovered, by_age
 from appliance.kv.siblings import strict_prefixes
-from appliance.kv.tiers.base import Extent
-from appliance.kv.tiers.sealed import Loaded, Plain, SealedTier
+from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.kv.transfer import Priority, TransferPool
 from appliance.types import BlockId, BlockLayout, TierUsage, Tokens
 
@@ -58,12 +57,9 @@ class Below:
         self._newest_us = max((entry.used_us for entry in recovered.entries.values()), default=0)
         self._used: dict[BlockId, int] = {}
         self._leaving: set[BlockId] = set()
-        self._reading: Counter[BlockId] = Counter()
-        self.suspects: set[BlockId] = set()
-        """Could not be read. Read alone next time, and dropped if that fails too: a bad sector must not cost the tier."""
+        self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.loads = Breaker(asyncio.get_running_loop().time)
         self.stores = Breaker(asyncio.get_running_loop().time)
 
     # --- finding ---------------------------------------------------------------------------------------------------
@@ -99,42 +95,10 @@ class Below:
         self._used.update((block, used_us) for block in blocks if block in self.policy)
         self.policy.touch(blocks[-1])
 
-    # --- loading ---------------------------------------------------------------------------------------------------
+    # --- storing ---------------------------------------------------------------------------------------------------
 
-    def load(self, blocks: Sequence[Plain], extents: Sequence[Extent]) -> Coroutine[Any, Any, Loaded]:
-        """Read adjacent records into their slots. What fails is counted; a record that does not verify is dropped.
-
-        From this call on, until the coroutine ended, the records' bytes stay.
-        """
-        names = [plain.identity.block for plain in blocks]
-        self._reading.update(names)
-        return self._load(names, blocks, extents)
-
-    async def _load(self, names: list[BlockId], blocks: Sequence[Plain], extents: Sequence[Extent]) -> Loaded:
-        try:
-            job = partial(self.sealed.load, blocks, extents, self._layout)
-            loaded = await asyncio.wrap_future(self._transfers.submit(Priority.LOAD, job))
-        except TierError as error:
-            self._failed(error)
-            self.loads.failed()
-            if len(names) == 1 and names[0] in self.suspects:
-                self._quarantine(names[0])
-            self.suspects.update(names)
-            return Loaded(0, 0, 0.0, None)
-        finally:
-            self._reading.subtract(names)
-            self._reading += Counter()  # keeps what is still being read
-        self.loads.worked()
-        self.suspects.difference_update(names)
-        self._count("load_bytes_total", loaded.nbytes)
-        self._count("load_seconds_total", loaded.seconds)
-        if loaded.fault is not None:
-            self._counts[f'integrity_failures_total{{reason="{loaded.fault}"}}'] += 1
-            self._quarantine(names[loaded.opened])
-        return loaded
-
-    def _quarantine(self, block: BlockId) -> None:
-        """Never offered again; its children are found again once it was computed and stored anew."""
+    def quarantine(self, block: BlockId) -> None:
+        """Never offer it again; its children are found again once it was computed and stored anew."""
         self._counts["quarantined_total"] += 1
         self._leave([block])
         self.spawn(self._drop_quarantined(block))
@@ -145,8 +109,6 @@ class Below:
                 await self._erase([block])
             except TierError as error:  # stays on its way out until the next start
                 self._failed(error)
-
-    # --- storing ---------------------------------------------------------------------------------------------------
 
     async def store(self, blocks: Sequence[Plain]) -> None:
         """Make blocks of one tenant durable, evicting what must go. TierError: none of them is stored."""
@@ -172,7 +134,7 @@ class Below:
     async def drop(self, blocks: Sequence[BlockId]) -> None:
         """Forget blocks, now. TierError if the index refuses."""
         async with self._turn:
-            known = [block for block in blocks if block in self.policy and not self._reading[block]]
+            known = [block for block in blocks if block in self.policy and not self.loads.reading[block]]
             self._leave(known)
             try:
                 await self._erase(known)
@@ -187,8 +149,8 @@ class Below:
     async def _evict(self, nbytes: int) -> None:
         """Forget the oldest blocks worth `nbytes`, or what there is of them; TierFull if there is none."""
         n = -(-nbytes // record_bytes(self._layout, self._layout.block_tokens))
-        n = min(n, max(1, len(self.policy) - len(self._reading)))
-        victims = self.policy.evict(n, self._reading) or self.policy.evict(1, self._reading)
+        n = min(n, max(1, len(self.policy) - len(self.loads.reading)))
+        victims = self.policy.evict(n, self.loads.reading) or self.policy.evict(1, self.loads.reading)
         if not victims:
             raise TierFull(f"the {self._tier} tier is full and nothing in it can go")
         self._leave(victims)
@@ -204,7 +166,7 @@ class Below:
         found: set[BlockId] = set()
         for plain in blocks:
             found.update(strict_prefixes(self.children(plain.identity.parent), plain.identity.tokens))
-        return [block for block in found if block in self.policy and not self._reading[block]]
+        return [block for block in found if block in self.policy and not self.loads.reading[block]]
 
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
         used, self._used = self._used, {}
@@ -270,7 +232,7 @@ class Below:
             blocks=len(self.policy),
             tokens=self._tokens,
             pending_blocks=pending_blocks,
-            state="degraded" if self.loads.failing or self.stores.failing else "ok",
+            state="degraded" if self.loads.breaker.failing or self.stores.failing else "ok",
             notes=(*medium.notes, *self._notes),
             oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
             newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
@@ -297,8 +259,7 @@ class Below:
         return int(self._clock() * 1e6)
 
     def _failed(self, error: TierError) -> None:
-        reason = "full" if isinstance(error, TierFull) else "io"
-        self._counts[f'tier_failures_total{{tier="{self._tier}",reason="{reason}"}}'] += 1
+        failed(self._counts, self._tier, error)
 
-    def _count(self, name: str, amount: float) -> None:
-        self._counts[f'{name}{{tier="{self._tier}"}}'] += amount  # type: ignore[assignment]
+    def _count(self, name: str, amount: int) -> None:
+        self._counts[f'{name}{{tier="{self._tier}"}}'] += amount

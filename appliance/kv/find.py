@@ -69,7 +69,7 @@ class Finder:
 
     def _usable_below(self) -> Container[BlockId]:
         """What can be loaded. Nothing while the medium fails: its blocks are worth computing and keeping in DRAM again."""
-        return self._below.policy if self._below is not None and self._below.loads.allows else ()
+        return self._below.policy if self._below is not None and self._below.loads.breaker.allows else ()
 
     def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
         """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
@@ -79,7 +79,7 @@ class Finder:
             shared = entry.tokens.common_prefix(rest)
             if shared and (best is None or shared > best[0]):
                 best = (shared, entry.block, len(entry.tokens))
-        if self._below is not None and self._below.loads.allows and len(rest):
+        if self._below is not None and self._below.loads.breaker.allows and len(rest):
             nearest = longest_common(self._below.children(parent), rest)
             if nearest is not None and (best is None or nearest[0] > best[0]):
                 indexed = self._below.entries([nearest[1]]).get(nearest[1])

@@ -104,7 +104,9 @@ class Stage:
         """Start the read of the next adjacent records. An empty run: no slot is free now, or the plan ends here."""
         run = _Run()
         window = [hit for hit, _ in zip(self._plan, range(32), strict=False)]
-        found = self._below.entries(hit.block for hit in window) if self._below and self._below.loads.allows else {}
+        found = (
+            self._below.entries(hit.block for hit in window) if self._below and self._below.loads.breaker.allows else {}
+        )
         extents: list[Extent] = []
         for hit in window:
             at = found.get(hit.block)
@@ -129,13 +131,13 @@ class Stage:
         assert self._below is not None
         if at is None or at.extent.segment != extents[-1].segment or at.extent.offset != extents[-1].end:
             return False
-        suspect = not self._below.suspects.isdisjoint((run.hits[0].block, hit.block))
+        suspect = not self._below.loads.suspects.isdisjoint((run.hits[0].block, hit.block))
         return not suspect and at.extent.end - extents[0].offset <= self._limits.read_bytes
 
     def _start(self, run: _Run, extents: list[Extent]) -> _Run:
         if run.hits:
             assert self._below is not None
-            loading = self._below.load([self._plain(entry) for entry in run.entries], extents)
+            loading = self._below.loads.load([self._plain(entry) for entry in run.entries], extents)
             run.load = self._below.spawn(self._finish(run, loading))
         return run
 

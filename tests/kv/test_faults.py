@@ -220,7 +220,7 @@ async def test_a_read_error_is_a_miss_until_it_heals(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         tier = faulty(store)
         now = 100.0
-        store._below.loads._monotonic = lambda: now
+        store._below.loads.breaker._monotonic = lambda: now
         tier.fail("read", 100)
         assert await restored(store, TOKENS) == 0
         assert store.usage()[1].state == "degraded"

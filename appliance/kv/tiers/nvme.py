@@ -74,7 +74,7 @@ class NvmeTier(RecordTier):
     ) -> None:
         self.properties = TierProperties(Tier.NVME, capacity_bytes, segment_bytes)
         self._folder = folder
-        self._aside = folder / "quarantine"
+        self._aside = _Aside(folder / "quarantine", capacity_bytes // _ASIDE_SHARE)
         self._superblock = superblock
         self._lock = threading.Lock()
         self._segments: dict[int, _Segment] = {}
@@ -83,15 +83,15 @@ class NvmeTier(RecordTier):
         self._new_files = False
         self._notes: dict[str, None] = {}
         try:
-            self._aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._aside.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._direct = direct and supports_direct(folder)
         except OSError as error:
             raise tier_error(error, f"cannot use {folder}") from None
         if direct and not self._direct:
             self._note(f"{folder} is on a file system without O_DIRECT: reads and writes pass through the page cache")
         self._flags = os.O_DIRECT if self._direct else 0
-        self._aside_bytes = self._trim_aside()
-        names = [*folder.iterdir(), *self._aside.iterdir()]
+        self._aside.trim()
+        names = [*folder.iterdir(), *self._aside.folder.iterdir()]
         self._next = 1 + max((int(p.stem, 16) for p in names if _NAME.fullmatch(p.name)), default=0)
 
     # --- writing -------------------------------------------------------------------------------------------------
@@ -233,11 +233,11 @@ class NvmeTier(RecordTier):
         with self._lock:
             entry = self._segments.pop(segment)
             try:
-                self._path(segment).replace(self._aside / self._path(segment).name)
+                self._path(segment).replace(self._aside.folder / self._path(segment).name)
             except OSError as error:
                 self._segments[segment] = entry
                 raise tier_error(error, f"cannot set a segment of {self._folder} aside") from None
-            self._aside_bytes = self._trim_aside()
+            self._aside.trim()
 
     # --- both ----------------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class NvmeTier(RecordTier):
                 _close(segment)
 
     def _used(self) -> int:
-        return self._aside_bytes + sum(s.used_bytes for s in self._segments.values())
+        return self._aside.nbytes + sum(s.used_bytes for s in self._segments.values())
 
     def _fits(self, end: int, nbytes: int) -> bool:
         return end == ALIGN_BYTES or end + nbytes <= self.properties.segment_bytes
@@ -304,20 +304,6 @@ class NvmeTier(RecordTier):
             return
         del self._segments[segment.number]
 
-    def _trim_aside(self) -> int:
-        """Bytes of the set-aside segments, after the oldest beyond their share are removed."""
-        kept = 0
-        try:
-            for path in sorted(self._aside.iterdir(), reverse=True):
-                allocated = path.stat().st_blocks * 512
-                if kept + allocated > self.properties.capacity_bytes // _ASIDE_SHARE:
-                    path.unlink()
-                else:
-                    kept += allocated
-        except OSError as error:
-            raise tier_error(error, f"cannot use {self._aside}") from None
-        return kept
-
     def _note(self, text: str) -> None:
         if text not in self._notes:
             self._notes[text] = None
@@ -328,3 +314,26 @@ def _close(segment: _Segment) -> None:
     if segment.fd is not None:
         os.close(segment.fd)
         segment.fd = None
+
+
+class _Aside:
+    """Segments that do not verify, kept for a look, the newest first, within a share of the capacity."""
+
+    def __init__(self, folder: Path, bound_bytes: int) -> None:
+        self.folder = folder
+        self.nbytes = 0
+        self._bound_bytes = bound_bytes
+
+    def trim(self) -> None:
+        """Measure, and remove the oldest beyond the bound."""
+        kept = 0
+        try:
+            for path in sorted(self.folder.iterdir(), reverse=True):
+                allocated = path.stat().st_blocks * 512
+                if kept + allocated > self._bound_bytes:
+                    path.unlink()
+                else:
+                    kept += allocated
+        except OSError as error:
+            raise tier_error(error, f"cannot use {self.folder}") from None
+        self.nbytes = kept
