@@ -32,6 +32,7 @@ from appliance.engine.base import Engine, EngineConfig
 from appliance.engine.client import Event
 from appliance.engine.protocol import pack
 from appliance.engine.request import Failed
+from appliance.engine.roster import Roster
 from appliance.engine.scheduler import Scheduler
 from appliance.errors import EngineError, KvctlError
 from appliance.types import Tokens
@@ -77,13 +78,13 @@ class Worker:
             "tokenize": self._tokenize,
             "render": self._render,
             "detokenize": self._detokenize,
-            "begin": lambda m: self._scheduler.begin(m["request"], m["ns"], Tokens(m["tokens"]), m["reserve_tokens"]),
+            "begin": lambda m: self._roster.begin(m["request"], m["ns"], Tokens(m["tokens"]), m["reserve_tokens"]),
             "restore": lambda m: self._scheduler.restore(m["request"], m["start"], _triples(m["blocks"])),
             "run": lambda m: self._scheduler.run_request(m["request"], wire.sampling_from_map(m["sampling"])),
             "export": lambda m: self._scheduler.export(m["request"], _triples(m["blocks"])),
             "release": lambda m: self._scheduler.release(m["request"]),
             "cancel": lambda m: self._scheduler.cancel(m["request"]),
-            "stats": lambda m: asdict(self._scheduler.stats()),
+            "stats": lambda m: asdict(self._roster.stats()),
             "evict": lambda m: self._scheduler.evict(),
         }
 
@@ -99,12 +100,12 @@ class Worker:
         except KvctlError as error:
             self._send({"re": message["call"], "err": wire.error_to_map(error)})
             return
+        self._roster = Roster(self._engine, slot=self._pool.slot, emit=self._emit)
         self._scheduler = Scheduler(
             self._engine,
+            self._roster,
             batch_tokens=config.batch_tokens,
             shared_batch_tokens=config.shared_batch_tokens,
-            slot=self._pool.slot,
-            emit=self._emit,
         )
         self._loaded.set()
         self._send({"re": message["call"], "ok": wire.info_to_map(self._engine.info)})

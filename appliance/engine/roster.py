@@ -1,0 +1,189 @@
+"""Which requests exist, which of them wait for cells, which run, and how each ends.
+
+Invariant: a request that was run ends in exactly one Done or Failed, and waiting requests are admitted first come, first
+served. Free cells >= what admitted requests may still need, so a request that was admitted never fails for want of
+cells, and a request that could never fit is refused at begin.
+
+Threading: `begin` and `stats` only read the books and may be called from any thread; everything else belongs to the
+compute thread. `lock` guards the roster and the books of cells, and is not held while the engine computes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from appliance.engine.base import Engine
+from appliance.engine.cells import Cells
+from appliance.engine.client import Done, Event
+from appliance.engine.detok import TextStream
+from appliance.engine.protocol import EngineStats
+from appliance.engine.request import Failed, Request
+from appliance.engine.transfer import SlotView, Transfers
+from appliance.errors import EngineError, KvctlError, RequestError
+from appliance.types import FinishReason, SamplingParams, Tokens
+
+Emit = Callable[[str, Event | Failed], None]
+
+
+class Roster:
+    def __init__(self, engine: Engine, *, slot: SlotView, emit: Emit) -> None:
+        self.emit = emit
+        self.lock = threading.RLock()
+        self.cells = Cells(engine, self.lock)
+        self.transfers = Transfers(engine, self.cells, slot)
+        self.streams: list[Request] = []
+        """Running, in the order they were admitted to run."""
+        self._engine = engine
+        self._requests: dict[str, Request] = {}
+        self._queue: deque[Request] = deque()
+        """Waiting for admission, first come first served."""
+
+    # --- any thread ---------------------------------------------------------------------------------------------
+
+    def begin(self, request_id: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
+        """Tokens of the longest resident prefix, now pinned; the prompt's last token is decoded again in any case."""
+        info = self._engine.info
+        if not len(tokens):
+            raise RequestError("the prompt is empty", param="prompt")
+        if int(np.frombuffer(tokens.data, "<u4").max()) >= info.vocab_tokens:
+            raise RequestError(f"a token id is not in [0, {info.vocab_tokens})", param="prompt")
+        if len(tokens) + reserve_tokens > info.context_tokens:
+            raise RequestError(
+                f"{len(tokens)} prompt tokens and {reserve_tokens} for the answer exceed this appliance's context of"
+                f" {info.context_tokens} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        books = self.cells.residency
+        with self.lock:
+            if request_id in self._requests:
+                raise EngineError("a request of this id exists")
+            source, resident = books.lookup(ns, tokens) if self.cells.shares else (None, 0)
+            pin = books.pin(source, min(resident, len(tokens) - 1)) if source else None
+            self._requests[request_id] = Request(request_id, ns, tokens, reserve_tokens, pin)
+            return resident
+
+    def stats(self) -> EngineStats:
+        books = self.cells.residency
+        with self.lock:
+            return EngineStats(
+                cells_total=books.cells,
+                cells_used=books.used,
+                cells_pinned=books.held_cells(),
+                sequences_resident=len(books),
+                requests_running=len(self.streams),
+                requests_waiting=len(self._queue),
+                resident_evictions=self.cells.evictions,
+            )
+
+    # --- compute thread -----------------------------------------------------------------------------------------
+
+    def known(self, request_id: str) -> Request:
+        request = self._requests.get(request_id)
+        if request is None:
+            raise EngineError("no such request")
+        return request
+
+    def enqueue(self, request: Request) -> None:
+        """Wait for admission, unless that is done or under way."""
+        if request.sequence is None and request not in self._queue:
+            request.queued_s = time.monotonic()
+            self._queue.append(request)
+
+    def admit(self) -> None:
+        """Give cells to as many waiting requests as fit."""
+        with self.lock:
+            while self._queue:
+                request = self._queue[0]
+                outstanding = sum(other.outstanding for other in self._requests.values())
+                if not self.cells.admit(request, outstanding):
+                    if any(other.sequence for other in self._requests.values()):
+                        return  # its release will make room
+                    self._admit_past_pins(request)
+                self._queue.popleft()
+                request.admitted_s = time.monotonic()
+                if request.sampling:
+                    self._start(request)
+
+    def _admit_past_pins(self, request: Request) -> None:
+        """Nothing but pins of requests that wait is in the way: they go, the latest first and this one's own last."""
+        for other in sorted(reversed(self._requests.values()), key=lambda other: other is request):
+            self.cells.unpin(other)
+            if self.cells.admit(request, 0):
+                return
+        raise AssertionError("begin refuses what could never fit")
+
+    def run(self, request: Request, sampling: SamplingParams) -> None:
+        """Compute from now on, or as soon as there are cells."""
+        assert request.sampling is None, "a request runs once"
+        request.sampling, request.text = sampling, TextStream(sampling.stop)
+        if request.ended:
+            self.finish(request, FinishReason.CANCELLED)
+        elif request.sequence:
+            self._start(request)
+        else:
+            self.enqueue(request)
+
+    def _start(self, request: Request) -> None:
+        """Admitted and run: from now on it takes part in steps."""
+        assert request.sampling
+        try:
+            if request.sampling.max_tokens:
+                request.sampler = self._engine.new_sampler(request.sampling, request.prompt)
+        except KvctlError as error:
+            self.fail(request, error)
+        else:
+            self.streams.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop computing. What is in cells stays and may be exported. No such request: nothing to do."""
+        request = self._requests.get(request_id)
+        if request is None or request.ended:
+            return
+        with self.lock:
+            self.transfers.cancel(request, exports=False)
+            self.cells.unpin(request)
+            if request in self._queue:
+                self._queue.remove(request)
+            if request.sampling:
+                self.finish(request, FinishReason.CANCELLED)
+            else:
+                request.end()
+
+    def release(self, request_id: str) -> None:
+        """Forget the request and keep its sequence for others. No such request: nothing to do."""
+        self.cancel(request_id)
+        with self.lock:
+            if request := self._requests.pop(request_id, None):
+                self.transfers.cancel(request, exports=True)
+                if request.sequence:
+                    self.cells.release(request.sequence)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        self._end(request)
+        now_s = time.monotonic()
+        self.emit(
+            request.id,
+            Done(
+                reason=reason,
+                prompt_tokens=len(request.prompt),
+                completion_tokens=request.completion_tokens,
+                decode_s=now_s - request.prefilled_s if request.prefilled_s else 0.0,
+                kv_tokens=request.sequence.length if request.sequence else 0,
+            ),
+        )
+
+    def fail(self, request: Request, error: KvctlError) -> None:
+        self._end(request)
+        self.emit(request.id, Failed(str(error)))
+
+    def _end(self, request: Request) -> None:
+        with self.lock:
+            request.end()
+            if request in self.streams:
+                self.streams.remove(request)
