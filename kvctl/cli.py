@@ -14,7 +14,7 @@ import typer
 
 from appliance import __version__
 from appliance.errors import KvctlError
-from kvctl.commands import bench, chat, init, inspect, model, prefetch, serve, status, tenant, verify
+from kvctl.commands import bench, chat, demo, init, inspect, model, prefetch, serve, status, tenant, verify
 from kvctl.diagnostics import ExitCode, exit_code, mute, say
 from kvctl.options import Globals, Home, Json
 
@@ -60,6 +60,7 @@ app.command()(inspect.inspect)
 app.command()(prefetch.prefetch)
 app.command()(verify.verify)
 app.add_typer(bench.app, name="bench")
+app.command()(demo.demo)
 
 
 @app.command("exit-codes")

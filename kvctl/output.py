@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console, RenderableType
+    from rich.status import Status as RichStatus
     from rich.table import Table
 
 TIER_STYLE = {"hbm": "green", "dram": "cyan", "nvme": "blue", "remote": "magenta", "none": "yellow"}
@@ -123,24 +124,45 @@ def progress(text: str) -> Iterator[Callable[[float, float], None]]:
         yield lambda done, total: bars.update(task, completed=done, total=max(total, 1))
 
 
-class Say(Protocol):
-    def __call__(self, text: str, fraction: float | None = None) -> None: ...
+class Steps(Protocol):
+    def __call__(self, text: str, fraction: float | None = None) -> None:
+        """What is being done now."""
+
+    def keep(self, text: str) -> None:
+        """What was done, to stay on the screen."""
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said = ""
+
+    def __call__(self, text: str, fraction: float | None = None) -> None:
+        if text != self._said:
+            self._said = text
+            self._console.print(plain(text))
+
+    keep = __call__
+
+
+class _Spinner:
+    def __init__(self, console: Console, status: RichStatus) -> None:
+        self._console = console
+        self._status = status
+
+    def __call__(self, text: str, fraction: float | None = None) -> None:
+        self._status.update(plain(text if fraction is None else f"{text} {fraction:.0%}"))
+
+    def keep(self, text: str) -> None:
+        self._console.print(plain(text))
 
 
 @contextmanager
-def steps() -> Iterator[Say]:
-    """What is being done, on stderr: one changing line on a terminal, each new step once elsewhere."""
+def steps() -> Iterator[Steps]:
+    """Progress on stderr: one changing line on a terminal, each new step once elsewhere."""
     console = stderr()
     if not console.is_terminal:
-        said = ""
-
-        def line(text: str, fraction: float | None = None) -> None:
-            nonlocal said
-            if text != said:
-                console.print(plain(text))
-                said = text
-
-        yield line
+        yield _Lines(console)
         return
     with console.status("") as status:
-        yield lambda text, fraction=None: status.update(plain(text if fraction is None else f"{text} {fraction:.0%}"))
+        yield _Spinner(console, status)

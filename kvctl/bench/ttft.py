@@ -10,24 +10,19 @@ The device's own read rate is measured before each nvme request with as many rea
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 
 from pydantic import BaseModel
 
-from appliance.errors import KvctlError
-from kvctl.child import Child
+from kvctl.child import Child, throwaway_home
 from kvctl.client import AdminClient, Answer, PublicClient
-from kvctl.output import Say
+from kvctl.output import Steps
 
 COMPLETION_TOKENS = 32
 GIB = 1 << 30
-SETTLE_S = 600.0
 
 
 class Measured(BaseModel):
@@ -79,7 +74,7 @@ class Options:
     """Where the throw-away home is made: the disk that is measured."""
     profile: str
     overrides: tuple[str, ...]
-    say: Say
+    say: Steps
 
 
 def run(options: Options) -> TtftReport:
@@ -87,8 +82,7 @@ def run(options: Options) -> TtftReport:
     from appliance.ops.disk import ReadProbe
     from appliance.ops.init import init
 
-    options.folder.mkdir(parents=True, exist_ok=True)
-    with _temporary(options.folder) as home:
+    with throwaway_home(options.folder, "bench-") as home:
         init(home, options.profile)
         probe = ReadProbe(home, 512 << 20)
         try:
@@ -107,15 +101,6 @@ def run(options: Options) -> TtftReport:
         rss_bytes=status.rss_bytes,
         contexts=contexts,
     )
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    home = Path(mkdtemp(prefix="bench-", dir=folder))
-    try:
-        yield home
-    finally:
-        rmtree(home, ignore_errors=True)
 
 
 @contextmanager
@@ -148,20 +133,20 @@ def _context(child: Child, tokens: int, options: Options, device: Callable[[], f
 
     def ask(tier: str) -> Answer:
         options.say(f"{tokens:,} tokens: {tier}")
-        return PublicClient(child.home).complete(prompt, max_tokens=COMPLETION_TOKENS, temperature=0.0, explain=True)
+        return PublicClient(child.home).complete(prompt, max_tokens=COMPLETION_TOKENS, temperature=0.0)
 
     cold = ask("cold")
-    _settle(child)
+    child.settle()
     answers: dict[str, list[Answer]] = {"hbm": [], "dram": [], "nvme": []}
     rates = []
     for _ in range(options.repeat):
         answers["hbm"].append(ask("hbm"))
     for _ in range(options.repeat):
-        _settle(child)
+        child.settle()
         AdminClient(child.home).evict("hbm")
         answers["dram"].append(ask("dram"))
     for _ in range(options.repeat):
-        _settle(child)
+        child.settle()
         child.kill()
         child.start()
         rates.append(device())
@@ -208,12 +193,3 @@ def _prompt(client: PublicClient, tokens: int) -> list[int]:
             text.append(f"Line {number}: item {number * 7919 % 10007} was moved to shelf {number * 104729 % 9973}.\n")
         ids = client.tokenize("".join(text))
     return ids[:tokens]
-
-
-def _settle(child: Child) -> None:
-    """Wait until every block is durable: what is measured is the tier, not the write-behind."""
-    deadline_s = time.monotonic() + SETTLE_S
-    while any(tier.pending_blocks for tier in AdminClient(child.home).status().tiers):
-        if time.monotonic() > deadline_s:
-            raise KvctlError("write-behind did not finish in 10 minutes")
-        time.sleep(0.05)

@@ -69,6 +69,9 @@ def load_model(config: EngineConfig, on_progress: Callable[[float], None]) -> An
     params.n_gpu_layers = config.gpu_layers
     params.load_mode = ll.LLAMA_LOAD_MODE_MMAP
     params.progress_callback = progress
+    # llama.cpp's AMX kernels load a tile configuration that the compiler may leave half written, and die of it
+    # (ggml-org/llama.cpp#20824, #26954). Repacked weights are the only ones they take.
+    params.use_extra_bufts = "AMX_INT8 = 1" not in system_info()
     _errors.clear()
     model = ll.llama_model_load_from_file(str(path).encode(), params)
     if not model:
