@@ -19,6 +19,7 @@ from appliance.kv.find import Finder
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
+from appliance.kv.siblings import longest_common
 from appliance.kv.stage import Limits, Stage
 from appliance.kv.tiers.dram import DramPool, DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Plain, SealedTier
@@ -178,14 +179,17 @@ class TieredStore(KVStore):
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
     def evict_dram(self) -> int:
-        victims = [
-            entry
-            for entry in self._dram.entries()
-            if self._dram.evictable(entry) and self._below is not None and entry.block in self._below
-        ]
+        victims = [entry for entry in self._dram.entries() if self._dram.evictable(entry) and self._is_durable(entry)]
         for entry in victims:
             self._dram.drop(entry)
         return len(victims)
+
+    def _is_durable(self, entry: Entry) -> bool:
+        """Whether all of it is below, in its own record or in that of a longer block which took its place."""
+        if self._below is None:
+            return False
+        nearest = longest_common(self._below.children(entry.parent), entry.tokens)
+        return nearest is not None and nearest[0] == len(entry.tokens)
 
     def usage(self) -> list[TierUsage]:
         entries = list(self._dram.entries())
