@@ -19,6 +19,7 @@ from appliance.api.control import (
     EngineStatus,
     EvictRequest,
     EvictResult,
+    Loading,
     PrefetchProgress,
     PrefetchRequest,
     PromptInspection,
@@ -36,6 +37,7 @@ from appliance.api.control import (
     VerifyProgress,
     VerifyRequest,
 )
+from appliance.api.start import StartProgress
 from appliance.engine.client import EngineClient
 from appliance.engine.protocol import EngineStats
 from appliance.errors import EngineError, RequestError
@@ -60,6 +62,19 @@ class Place:
     started_s: float
     """time.monotonic() at start."""
     notes: tuple[str, ...]
+
+
+def loading_status(place: Place, step: StartProgress) -> Loading:
+    """Status before there is a runtime."""
+    return Loading(
+        version=__version__,
+        pid=os.getpid(),
+        uptime_s=time.monotonic() - place.started_s,
+        home=str(place.home),
+        base_url=place.base_url,
+        doing=step.text,
+        fraction=step.fraction,
+    )
 
 
 class ApplianceAdmin(Admin):

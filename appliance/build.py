@@ -1,25 +1,26 @@
 """The composition root: a profile becomes objects, `kvctl serve` becomes a running appliance and ends in order.
 
 Invariant: one appliance per home (a lock file held for life); a persistent tier is only ever built around the keyring's
-seals. Start order: lock, keyring, model, pool, engine, store, sockets. Stop order is the reverse: refuse new requests,
-finish running ones, make every block durable, close the engine.
+seals. Start order: lock, keyring, sockets, model, pool, engine, store. Stop order: refuse new requests, finish running ones,
+make every block durable, then the start's order backwards. The sockets answer all the while.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from appliance.admin import ApplianceAdmin, Place
-from appliance.api.start import StartEvent, StartProgress, StartReady
+from appliance.admin import ApplianceAdmin, Place, loading_status
+from appliance.api.control import Loading
+from appliance.api.start import Draining, ServeEvent, StartProgress, StartReady
 from appliance.config import Profile, admin_socket, client_file
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
 from appliance.engine.proxy import EngineProxy
@@ -34,19 +35,24 @@ from appliance.plan.cost import CostModel
 from appliance.runtime import Limits, Runtime
 from appliance.security.files import write_private
 from appliance.security.keyring import Keyring
+from appliance.server import loading
 from appliance.server.app import admin_app, public_app
 from appliance.server.base import ServedModel, Service
 from appliance.server.listen import Bound, Listener, bind
 from appliance.server.metrics import Metrics
+from appliance.stop import Signals, Stopped, unless
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+GRACE_S = 2.0
+"""How long a stop waits for the last bytes of responses."""
 FLUSH_S = 120.0
-"""Longest a stop waits for write-behind after the last request ended."""
+"""How long it waits for write-behind after the last request ended."""
+HURRIED_FLUSH_S = 5.0
+"""The same after a second signal."""
 
-Report = Callable[[StartEvent], None]
-T = TypeVar("T")
+Report = Callable[[ServeEvent], None]
 
 
 @dataclass(frozen=True)
@@ -60,30 +66,108 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGTERM or SIGINT; returns 0 after an orderly stop. Errors of the tree in errors.py before that."""
+    """Serve until SIGTERM or SIGINT. Errors of the tree in errors.py before it is ready.
+
+    Returns 0 after an orderly stop; INTERRUPTED if a second signal cut it short, or SIGINT came before it was ready.
+    """
     started_s = time.monotonic()
     with only_one(options.home):
         keyring = Keyring.open(options.home, key_file(options.home, options.profile))
-        model_path, sha256 = _model(options)
+        return asyncio.run(_serve(options, keyring, started_s))
+
+
+async def _serve(options: ServeOptions, keyring: Keyring, started_s: float) -> int:
+    signals, progress, server = Signals(), _Progress(options.report), options.profile.server
+    async with AsyncExitStack() as stack:
+        bound = bind(server.host, server.port, admin_socket(options.home))
+        stack.callback(_close_sockets, bound)
+        place = Place(options.home, bound.base_url, started_s, _exposure(bound))
+
+        def now() -> Loading:
+            return loading_status(place, progress.step)
+
+        listener = Listener(bound, loading.public_app(now), loading.admin_app(now))
+        await listener.start()
+        stack.push_async_callback(listener.stop, GRACE_S)
         try:
-            asyncio.run(_serve(options, keyring, _engine_config(options.profile, model_path, sha256), started_s))
-        except _Stopped:
+            start = _start(options, keyring, place, stack, progress, signals)
+            runtime, admin, service = await unless(signals.stop, start)
+        except Stopped:
+            return INTERRUPTED if signals.first is signal.SIGINT else 0
+        listener.switch(public_app(service), admin_app(service, admin))
+        options.report(await _ready(admin, options.home, started_s))
+        await signals.stop.wait()
+        options.report(Draining(requests=runtime.running + runtime.waiting))
+        try:
+            await unless(signals.again, _wind_down(runtime, server.drain, FLUSH_S))
+        except Stopped:
+            await _wind_down(runtime, 0, HURRIED_FLUSH_S)
             return INTERRUPTED
     return 0
 
 
-def _model(options: ServeOptions) -> tuple[Path, bytes]:
-    def say(text: str) -> Callable[[float], None]:
-        return lambda fraction: options.report(StartProgress(text=text, fraction=fraction))
+async def _start(
+    options: ServeOptions,
+    keyring: Keyring,
+    place: Place,
+    stack: AsyncExitStack,
+    progress: _Progress,
+    signals: Signals,
+) -> tuple[Runtime, ApplianceAdmin, Service]:
+    """Everything behind the sockets. What has to be closed is on the stack as soon as it exists."""
+    profile, dram = options.profile, options.profile.tiers.dram
 
+    def step(text: str) -> Callable[[float], None]:
+        def advance(fraction: float) -> None:
+            if signals.stop.is_set():
+                raise Stopped  # ends the thread that works on the file
+            progress(text, fraction)
+
+        return advance
+
+    model_path, sha256 = await asyncio.to_thread(_model, options, step)
+    progress("reserving memory")
+    pool = await asyncio.to_thread(DramPool, dram.capacity, lock=dram.lock)
+    stack.callback(pool.close)
+    engine = EngineProxy(
+        _engine_config(profile, model_path, sha256),
+        pool_fd=pool.fd,
+        start_timeout_s=profile.engine.start_timeout,
+        on_progress=lambda fraction: progress(f"loading {model_path.stem}", fraction),
+    )
+    stack.push_async_callback(engine.close)
+    progress(f"loading {model_path.stem}")
+    info = await engine.start()
+    progress("opening the store")
+    store = await _open_store(options, keyring, info, pool)
+    stack.push_async_callback(store.close)
+    if store.pool is not None:
+        await engine.attach_pool(store.pool.slot_bytes, store.pool.slots)
+    cost = await stack.enter_async_context(_learned(options.home, info))
+    limits = Limits(profile.server.max_running, profile.server.max_queue, profile.kv.store_completions)
+    runtime = Runtime(engine, store, cost, limits)
+    admin = ApplianceAdmin(runtime, keyring, place)
+    return runtime, admin, _service(profile, runtime, admin, keyring, info, _made(model_path))
+
+
+def _model(options: ServeOptions, step: Callable[[str], Callable[[float], None]]) -> tuple[Path, bytes]:
+    """The model file and its SHA-256. Blocking."""
     if options.profile.engine.kind == "null":
         return Path("null"), bytes(32)
     if options.synth:
-        path = synth.default_model(options.home, say("writing random weights"))
+        path = synth.default_model(options.home, step("writing random weights"))
     else:
         assert options.model, "the command asks for a model before it calls"
         path = models.resolve(options.home, options.model)
-    return path, models.sha256(path, options.home, on_progress=say(f"checking {path.name}"))
+    return path, models.sha256(path, options.home, on_progress=step(f"checking {path.name}"))
+
+
+def _made(model_path: Path) -> int:
+    """Unix seconds of the model file; 0 where there is none."""
+    try:
+        return int(model_path.stat().st_mtime)
+    except OSError:
+        return 0
 
 
 def _engine_config(profile: Profile, model_path: Path, sha256: bytes) -> EngineConfig:
@@ -105,49 +189,6 @@ def _engine_config(profile: Profile, model_path: Path, sha256: bytes) -> EngineC
     )
 
 
-async def _serve(options: ServeOptions, keyring: Keyring, config: EngineConfig, started_s: float) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    profile = options.profile
-    async with AsyncExitStack() as stack:
-        bound = bind(profile.server.host, profile.server.port, admin_socket(options.home))
-        stack.callback(_close_sockets, bound)
-        pool = DramPool(profile.tiers.dram.capacity, lock=profile.tiers.dram.lock)
-        stack.callback(pool.close)
-        name = Path(config.model_path).stem
-        loading = f"loading {name}"
-        engine = EngineProxy(
-            config,
-            pool_fd=pool.fd,
-            start_timeout_s=profile.engine.start_timeout,
-            on_progress=lambda fraction: options.report(StartProgress(text=loading, fraction=fraction)),
-        )
-        stack.push_async_callback(engine.close)
-        info = await _unless_stopped(engine.start(), stop)
-        options.report(StartProgress(text="opening the store"))
-        tiers = profile.tiers
-        store = await open_store(options.home, keyring, info.fingerprint, info.layout, pool, profile.kv, tiers.nvme)
-        stack.push_async_callback(store.close)
-        if store.pool is not None:
-            await engine.attach_pool(store.pool.slot_bytes, store.pool.slots)
-        cost = await stack.enter_async_context(_learned(options.home, info))
-        limits = Limits(profile.server.max_running, profile.server.max_queue, profile.kv.store_completions)
-        runtime = Runtime(engine, store, cost, limits)
-        place = Place(options.home, bound.base_url, started_s, ())
-        admin = ApplianceAdmin(runtime, keyring, place)
-        service = _service(profile, runtime, admin, keyring, info)
-        listener = Listener(bound, public_app(service), admin_app(service, admin))
-        await listener.start()
-        options.report(await _ready(admin, options.home, started_s))
-        await stop.wait()
-        draining = asyncio.create_task(runtime.drain(profile.server.drain))
-        await listener.stop(profile.server.drain)
-        await draining
-        if not await store.flush(FLUSH_S):
-            log.warning("stopped before every block was durable; what is missing will be computed again")
-
-
 async def _open_store(options: ServeOptions, keyring: Keyring, info: EngineInfo, pool: DramPool) -> KVStore:
     profile = options.profile
     if not profile.kv.enabled:
@@ -157,18 +198,25 @@ async def _open_store(options: ServeOptions, keyring: Keyring, info: EngineInfo,
     return await open_store(options.home, keyring, info.fingerprint, info.layout, pool, profile.kv, profile.tiers.nvme)
 
 
-class _Stopped(Exception):
-    """A stop was asked for before the appliance was ready."""
+async def _wind_down(runtime: Runtime, drain_s: float, flush_s: float) -> None:
+    """Both sockets answer meanwhile: that the appliance is stopping, and how far it is."""
+    await runtime.drain(drain_s)
+    if not await runtime.store.flush(flush_s):
+        log.warning("stopped before every block was durable; what is missing will be computed again")
 
 
-async def _unless_stopped(start: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
-    starting, stopping = asyncio.ensure_future(start), asyncio.ensure_future(stop.wait())
-    done, _ = await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if starting in done:
-        return starting.result()
-    starting.cancel()
-    raise _Stopped
+class _Progress:
+    """What the start is doing: reported as it changes, each percent once, and kept for whoever asks meanwhile."""
+
+    def __init__(self, report: Report) -> None:
+        self.step = StartProgress(text="starting")
+        self._report = report
+
+    def __call__(self, text: str, fraction: float | None = None) -> None:
+        step = StartProgress(text=text, fraction=None if fraction is None else round(fraction, 2))
+        if step != self.step:
+            self.step = step
+            self._report(step)
 
 
 def _close_sockets(bound: Bound) -> None:
@@ -177,10 +225,23 @@ def _close_sockets(bound: Bound) -> None:
     bound.admin_path.unlink(missing_ok=True)
 
 
-def _service(profile: Profile, runtime: Runtime, admin: ApplianceAdmin, keyring: Keyring, info: EngineInfo) -> Service:
+def _exposure(bound: Bound) -> tuple[str, ...]:
+    """What to know when others can reach the public socket."""
+    host, port = bound.public.getsockname()[:2]
+    if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        return ()
+    return (
+        f"{host} port {port} is plain HTTP: prompts and API keys can be read on the network. Put a TLS proxy in front, "
+        f"or listen on 127.0.0.1 and reach it with: ssh -L {port}:127.0.0.1:{port} THIS-BOX",
+    )
+
+
+def _service(
+    profile: Profile, runtime: Runtime, admin: ApplianceAdmin, keyring: Keyring, info: EngineInfo, made: int
+) -> Service:
     model = ServedModel(
         id=info.model_name,
-        created=int(time.time()),
+        created=made,
         vocab_tokens=info.vocab_tokens,
         context_tokens=info.context_tokens,
         default_max_tokens=profile.server.default_max_tokens,

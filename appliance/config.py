@@ -8,6 +8,7 @@ KVCTL_HOME) changes a setting.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Sequence
@@ -167,6 +168,22 @@ def client_file(home: Path) -> Path:
     return home / "client.toml"
 
 
+def local_url(host: str, port: int) -> str:
+    """How a client on this box reaches a server that listens on `host`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}/v1"
+    if address.is_unspecified:
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"http://[{address}]:{port}/v1" if address.version == 6 else f"http://{address}:{port}/v1"
+
+
+def profiles() -> list[str]:
+    """The built-in ones."""
+    return sorted(path.stem for path in PROFILE_DIR.glob("*.toml"))
+
+
 def load_profile(name_or_path: str = "default", overrides: Sequence[str] = ()) -> Profile:
     """Built-in profile by name or a TOML file by path, then `section.key=value` overrides. ConfigError names the culprit."""
     builtin = PROFILE_DIR / f"{name_or_path}.toml"
@@ -176,9 +193,8 @@ def load_profile(name_or_path: str = "default", overrides: Sequence[str] = ()) -
     else:
         path = Path(name_or_path).expanduser()
         if not path.is_file():
-            known = sorted(p.stem for p in PROFILE_DIR.glob("*.toml"))
-            hint = _nearest(name_or_path, known)
-            raise ConfigError(f'no profile or file "{name_or_path}"{hint}; built-in: {", ".join(known)}')
+            hint = _nearest(name_or_path, profiles())
+            raise ConfigError(f'no profile or file "{name_or_path}"{hint}; built-in: {", ".join(profiles())}')
         tree = _read(path)
         source = str(path)
     _validate(tree, source)

@@ -6,9 +6,10 @@ Invariant: importing this loads nothing heavy; a command imports what it needs w
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,10 +21,9 @@ from kvctl.options import Globals, Home, Json
 
 app = typer.Typer(
     name="kvctl",
-    help="A confidential inference appliance on one box. What it read once, it never reads again.",
-    epilog="Data goes to stdout, talk to stderr. `kvctl exit-codes` lists the codes.",
+    help="A confidential inference appliance: what it read once, it never reads again.",
+    epilog="Exit codes: kvctl exit-codes. Shell completion: kvctl --install-completion.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,7 +63,7 @@ app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
 
 
-@app.command("exit-codes")
+@app.command("exit-codes", hidden=True)
 def exit_codes(as_json: Json = False) -> None:
     """List the exit codes."""
     from kvctl import output
@@ -75,11 +75,19 @@ def exit_codes(as_json: Json = False) -> None:
         output.stdout().print(output.table([">code", "name", "meaning"], rows))
 
 
+def _command() -> Any:
+    """The whole command line. Help fits 24 lines: what its last line names is not listed above."""
+    command = typer.main.get_command(app)
+    for option in command.params:
+        option.hidden = option.name in ("install_completion", "show_completion")  # type: ignore[attr-defined]
+    return command
+
+
 def run(arguments: Sequence[str]) -> int:
     """One invocation; returns the exit code."""
     settings = Globals()
     try:
-        command = typer.main.get_command(app)
+        command = _command()
         with command.make_context("kvctl", list(arguments), obj=settings) as context:
             command.invoke(context)
         sys.stdout.flush()
@@ -108,7 +116,8 @@ def run(arguments: Sequence[str]) -> int:
 def _usage(error: typer.TyperException) -> int:
     message = error.format_message()
     context = getattr(error, "ctx", None)
-    if not message:  # a group without a command has shown its help
+    if message.startswith("Usage: "):  # nothing was typed after a group: this is its help
+        typer.echo(message, err=True)
         return ExitCode.USAGE
     path = context.command_path if context else "kvctl"
     say(f"{message.rstrip('.')} (see {path} --help)")
@@ -116,6 +125,8 @@ def _usage(error: typer.TyperException) -> int:
 
 
 def main() -> None:
+    if "_KVCTL_COMPLETE" in os.environ:  # a shell asks for completions; this answers and exits
+        _command()(prog_name="kvctl")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -114,8 +114,17 @@ class AdminClient(_Client):
         client = httpx.Client(transport=transport, base_url="http://appliance", timeout=timeout)
         super().__init__(client, lambda: _absent(home))
 
+    def look(self) -> control.Status | control.Loading:
+        tree = self._request("GET", "/v1/admin/status")
+        loading = isinstance(tree, dict) and tree.get("state") == "loading"
+        return _parse(control.Loading, tree) if loading else _parse(control.Status, tree)
+
     def status(self) -> control.Status:
-        return _parse(control.Status, self._request("GET", "/v1/admin/status"))
+        """Of an appliance that serves. Overloaded while it is loading."""
+        found = self.look()
+        if isinstance(found, control.Loading):
+            raise Overloaded(f"the appliance is {found.progress}", retry_after_s=1, status=503)
+        return found
 
     def store(self) -> control.StoreOverview:
         return _parse(control.StoreOverview, self._request("GET", "/v1/admin/store"))

@@ -59,7 +59,7 @@ _MEANING = {
     ExitCode.KEYRING: "the keyring cannot be opened",
     ExitCode.DAMAGE: "kvctl verify found damaged or lost records",
     ExitCode.API: "the engine or the API refused or failed",
-    ExitCode.INTERRUPTED: "stopped by Ctrl-C",
+    ExitCode.INTERRUPTED: "cut short: Ctrl-C, or a second signal to kvctl serve",
     ExitCode.BROKEN_PIPE: "the reader of stdout went away",
 }
 

@@ -1,4 +1,4 @@
-"""The options that every command shares."""
+"""The options that commands share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,43 @@ class Globals:
     debug: bool = False
 
 
+def _profiles(incomplete: str) -> list[str]:
+    from appliance import config
+
+    return [name for name in config.profiles() if name.startswith(incomplete)]
+
+
+def _models(incomplete: str) -> list[str]:
+    from appliance import config
+    from appliance.ops import models
+
+    return [name for name in models.names(config.home()) if name.startswith(incomplete)]
+
+
 Home = Annotated[
     Path | None,
     typer.Option("--home", metavar="DIR", help="Home of the appliance; else $KVCTL_HOME.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-ProfileName = Annotated[str, typer.Option("--profile", metavar="NAME|FILE", help="Built-in profile or a TOML file.")]
+ProfileName = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Built-in profile or a TOML file.",
+        autocompletion=_profiles,
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|PATH",
+        help="A GGUF file or a name from `kvctl model list`.",
+        show_default=False,
+        autocompletion=_models,
+    ),
+]
 Tenant = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose prompt it is.")]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompt-file", metavar="FILE", help="A prompt as plain text.", show_default=False)

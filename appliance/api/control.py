@@ -1,6 +1,6 @@
 """Request and response models of the admin API: a unix socket, HTTP, JSON; streams are one JSON object a line.
 
-  GET  /v1/admin/status                     Status
+  GET  /v1/admin/status                     Status, or Loading until there is more to tell
   GET  /v1/admin/store                      StoreOverview
   POST /v1/admin/inspect    PromptRef       PromptInspection
   POST /v1/admin/prefetch   PrefetchRequest lines of PrefetchProgress, the last with done=true
@@ -79,13 +79,33 @@ class Totals(Model):
     tier_failures: int
 
 
-class Status(Model):
-    state: Literal["ready", "draining", "engine-restarting"]
+class Process(Model):
+    """The control process."""
+
+    state: str
     version: str
     pid: int
     uptime_s: float
     home: str
     base_url: str
+
+
+class Loading(Process):
+    """Status before the model is loaded."""
+
+    state: Literal["loading"] = "loading"
+    doing: str
+    """The step of the start, e.g. "loading tiny"."""
+    fraction: float | None
+    """Of this step, 0 to 1; None when it cannot be known."""
+
+    @property
+    def progress(self) -> str:
+        return self.doing if self.fraction is None else f"{self.doing} ({self.fraction:.0%})"
+
+
+class Status(Process):
+    state: Literal["ready", "draining", "engine-restarting"]
     running: int
     waiting: int
     rss_bytes: int

@@ -1,4 +1,4 @@
-"""What `kvctl serve` reports while it starts: progress until it is ready, then once what it serves and how to call it.
+"""What `kvctl serve` reports: progress until it is ready, once what it serves and how to call it, and that it stops.
 
 These are the lines of `kvctl serve --json`, one JSON object each. `build.serve` makes them, the command renders them.
 """
@@ -35,4 +35,10 @@ class StartReady(Model):
     seconds: float
 
 
-StartEvent = StartProgress | StartReady
+class Draining(Model):
+    kind: Literal["draining"] = "draining"
+    requests: int
+    """Running and waiting ones."""
+
+
+ServeEvent = StartProgress | StartReady | Draining

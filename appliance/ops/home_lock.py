@@ -11,15 +11,19 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from appliance.errors import AlreadyRunning, StateError
+from appliance.errors import AlreadyRunning, NotInitialised, StateError
 
 
 @contextmanager
 def only_one(home: Path) -> Generator[None, None, None]:
     """Hold the home's lock. AlreadyRunning names the pid of the holder."""
-    if not home.is_dir():
-        raise StateError(f"{home} does not exist; run: kvctl init")
-    with open(home / "appliance.lock", "a+", encoding="ascii") as lock:
+    try:
+        lock = open(home / "appliance.lock", "a+", encoding="ascii")
+    except FileNotFoundError:
+        raise NotInitialised(f"{home} is not initialised; run: kvctl init") from None
+    except OSError as error:
+        raise StateError(f"{home} cannot be written: {error.strerror}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,19 +6,17 @@ It never replaces a key: if the keyring is there and its key file is not, that i
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
 
-from appliance.config import Profile, ServerSection, load_profile
+from appliance.config import Profile, client_file, load_profile, local_url
 from appliance.errors import StateError
 from appliance.security.files import exclusive, write_private
 from appliance.security.keyring import UNLOCK_KEY_NAME, Keyring, create_key_file
 
 FIRST_TENANT = "default"
-CLIENT_NAME = "client.toml"
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def init(home: Path, profile_name: str = "default") -> InitResult:
 
 
 def _complete(home: Path, profile: Profile) -> InitResult:
-    unlock, client = key_file(home, profile), home / CLIENT_NAME
+    unlock, client = key_file(home, profile), client_file(home)
     created: list[str] = []
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with exclusive(home / "init.lock"):
@@ -62,18 +60,7 @@ def _complete(home: Path, profile: Profile) -> InitResult:
         if first or not client.exists():
             api_key = keyring.add_tenant(FIRST_TENANT) if first else keyring.add_api_key(FIRST_TENANT)
             created.append(f'tenant "{FIRST_TENANT}"' if first else "API key")
-            settings = {"base_url": f"{_base_url(profile.server)}/v1", "api_key": api_key}
+            settings = {"base_url": local_url(profile.server.host, profile.server.port), "api_key": api_key}
             write_private(client, tomli_w.dumps(settings).encode())
             created.append("client settings")
     return InitResult(home, FIRST_TENANT, unlock, client, tuple(created))
-
-
-def _base_url(server: ServerSection) -> str:
-    """Where a client on this box reaches the server."""
-    try:
-        address = ipaddress.ip_address(server.host)
-    except ValueError:
-        return f"http://{server.host}:{server.port}"
-    if address.is_unspecified:
-        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return f"http://[{address}]:{server.port}" if address.version == 6 else f"http://{address}:{server.port}"

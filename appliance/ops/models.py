@@ -42,6 +42,11 @@ def folder(home: Path) -> Path:
     return home / FOLDER
 
 
+def names(home: Path) -> list[str]:
+    """What `resolve` knows by name."""
+    return sorted(path.stem for path in folder(home).glob("*.gguf"))
+
+
 def add(home: Path, path: Path) -> Model:
     """Make a GGUF file known by its stem: linked into the home where possible, copied otherwise."""
     source = path.expanduser()
@@ -83,8 +88,7 @@ def resolve(home: Path, name_or_path: str) -> Path:
     elif given.is_file() or os.sep in name_or_path:
         path = given
     else:
-        names = [path.stem for path in folder(home).glob("*.gguf")]
-        close = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name_or_path, names(home), n=1, cutoff=0.5)
         hint = f'did you mean "{close[0]}"?' if close else "see `kvctl model list`, or give a path to a GGUF file"
         raise ModelError(f'no model "{name_or_path}"; {hint}')
     check(path)

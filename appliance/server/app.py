@@ -39,5 +39,5 @@ def admin_app(service: Service, admin: Admin) -> FastAPI:
 def _app(metrics: Metrics) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY)
     errors.install(app)
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Edge, responded=metrics.responded)
     return app

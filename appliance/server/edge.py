@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -15,13 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.errors import Overloaded
 from appliance.server.errors import describe
-from appliance.server.metrics import Metrics
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, responded: Callable[[int], None]) -> None:
         self._app = app
-        self._metrics = metrics
+        self._responded = responded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,7 +35,7 @@ class Edge:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-                self._metrics.responded(message["status"])
+                self._responded(message["status"])
             await send(message)
 
         try:

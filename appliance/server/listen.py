@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from appliance.config import local_url
 from appliance.errors import AlreadyRunning, StateError
 from appliance.server.errors import ApiError
 
 BACKLOG = 512
 KEEP_ALIVE_S = 60
-ADMIN_GRACE_S = 2
 UNIX_PATH_BYTES = 107
-WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _PEER = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 
@@ -53,12 +52,6 @@ def bind(host: str, port: int, admin_path: Path) -> Bound:
         admin_path.unlink()
         raise
     return Bound(public, admin, admin_path, local_url(host, public.getsockname()[1]))
-
-
-def local_url(host: str, port: int) -> str:
-    """How a client on this box reaches the public app."""
-    host = WILDCARDS.get(host, host)
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:
@@ -153,13 +146,24 @@ class _Server(uvicorn.Server):
         self.ready.set()
 
 
+class _Door:
+    """Leads to the app of the moment, kept connections too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
 class Listener:
-    """Serves both apps on bound sockets from start() to stop()."""
+    """Serves two apps on bound sockets from start() to stop()."""
 
     def __init__(self, bound: Bound, public: ASGIApp, admin: ASGIApp) -> None:
         self._bound = bound
-        self._public = _server(public, H11Protocol)
-        self._admin = _server(admin, AdminProtocol)
+        self._public_door, self._admin_door = _Door(public), _Door(admin)
+        self._public = _server(self._public_door, H11Protocol)
+        self._admin = _server(self._admin_door, AdminProtocol)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -168,14 +172,16 @@ class Listener:
             self._tasks.append(asyncio.create_task(server.serve([sock])))
             await server.ready.wait()
 
-    async def stop(self, drain_s: float) -> None:
-        """Stop accepting, let responses finish for up to drain_s, cancel the rest. The admin socket goes last."""
-        for server, task, grace_s in zip(
-            (self._public, self._admin), self._tasks, (drain_s, ADMIN_GRACE_S), strict=True
-        ):
+    def switch(self, public: ASGIApp, admin: ASGIApp) -> None:
+        """Requests from now on go to these."""
+        self._public_door.app, self._admin_door.app = public, admin
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop accepting, let responses finish for up to grace_s, cancel the rest. The admin socket goes last."""
+        for server, task in zip((self._public, self._admin), self._tasks, strict=True):
             server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # seconds, whole or not
             server.should_exit = True
-            await task
+            await asyncio.shield(task)
         self._bound.admin_path.unlink(missing_ok=True)
 
 

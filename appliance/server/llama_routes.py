@@ -13,12 +13,19 @@ from starlette.responses import JSONResponse, Response
 
 from appliance.api.answers import Content, TokenList
 from appliance.api.openai import DetokenizeRequest, TokenizeRequest
-from appliance.errors import Overloaded
 from appliance.server import limits
 from appliance.server.base import Service
 from appliance.server.body import read_request
 from appliance.server.metrics import CONTENT_TYPE, Metrics
 from appliance.server.openai_routes import json_response
+
+RETRY_AFTER_S = 2
+_HEALTH = {"loading": "loading model"}
+"""Where llama-server has a word of its own for a state."""
+
+
+def not_ready(state: str) -> Response:
+    return JSONResponse({"status": _HEALTH.get(state, state)}, 503, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 def health_router(state: Callable[[], str]) -> APIRouter:
@@ -27,9 +34,7 @@ def health_router(state: Callable[[], str]) -> APIRouter:
     @routes.get("/health")
     async def health() -> Response:
         now = state()
-        if now != "ready":
-            raise Overloaded(f"the appliance is not ready: {now}", retry_after_s=2, status=503)
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}) if now == "ready" else not_ready(now)
 
     return routes
 

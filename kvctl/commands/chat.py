@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 
+HELP = "Ctrl-C stops an answer, /quit or Ctrl-D ends the chat"
+
 _UNSAFE = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
 """Control characters but tab and newline: what a model says must not drive the terminal."""
 
@@ -69,9 +71,10 @@ def chat(
 
 def _converse(api: PublicClient, messages: Messages, document: str, options: dict[str, Any]) -> None:
     if sys.stdin.isatty():
-        import readline  # noqa: F401  line editing and history for input()
+        import readline  # line editing and history for input()
 
-        output.stderr().print("[dim]/quit or Ctrl-D ends the chat, Ctrl-C stops an answer[/]")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
+        output.stderr().print(HELP, style="dim")
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
@@ -79,17 +82,20 @@ def _converse(api: PublicClient, messages: Messages, document: str, options: dic
         except EOFError:
             break
         except KeyboardInterrupt:
-            output.stderr().print("\n[dim]/quit or Ctrl-D ends the chat[/]")
+            output.stderr().print(f"\n{HELP}", style="dim")
             continue
-        if line == "/quit":
+        if line in ("/quit", "/exit"):
             break
+        if line in ("/help", "/?"):
+            output.stderr().print(HELP, style="dim")
+            continue
         if not line:
             continue
         turn = [*messages, {"role": "user", "content": _joined(document, line)}]
         try:
             answer = _ask(api, turn, options, silent=False)
         except KeyboardInterrupt:
-            output.stderr().print("\n[dim]stopped; this turn is forgotten[/]")
+            output.stderr().print("stopped; this turn is forgotten", style="dim")
             continue
         except KvctlError as error:
             say(str(error))  # the next question may do better
@@ -105,17 +111,22 @@ def _joined(document: str, question: str) -> str:
 
 def _ask(api: PublicClient, messages: Messages, options: dict[str, Any], *, silent: bool) -> Answer:
     """Streams the answer to stdout unless `silent`."""
+    if silent:
+        return api.chat(messages, **options)
     for_terminal = sys.stdout.isatty()
+    began = False
 
     def write(text: str) -> None:
+        nonlocal began
+        began = True
         sys.stdout.write(text.translate(_UNSAFE) if for_terminal else text)
         sys.stdout.flush()
 
-    if silent:
-        return api.chat(messages, **options)
-    answer = api.chat(messages, on_text=write, **options)
-    write("\n")
-    return answer
+    try:
+        return api.chat(messages, on_text=write, **options)
+    finally:
+        if began:
+            write("\n")
 
 
 def _numbers(answer: Answer) -> dict[str, Any]:
@@ -131,10 +142,13 @@ def _numbers(answer: Answer) -> dict[str, Any]:
 
 
 def _report(answer: Answer) -> None:
-    rate = f" · {1 / answer.step_s:,.1f} tok/s" if answer.step_s else ""
-    cut = " · cut at the token limit" if answer.finish_reason == "length" else ""
-    line = (
-        f"TTFT {output.duration(answer.ttft_s)} · {output.count(answer.cached_tokens)} of "
-        f"{output.count(answer.prompt_tokens)} prompt tokens cached{rate}{cut}"
-    )
-    output.stderr().print(line, style="dim")
+    parts = [
+        f"TTFT {output.duration(answer.ttft_s)}",
+        f"{output.count(answer.cached_tokens)} of {output.count(answer.prompt_tokens)} prompt tokens cached",
+    ]
+    if answer.step_s:
+        rate = 1 / answer.step_s
+        parts.append(f"{rate:,.{1 if rate < 100 else 0}f} tok/s")
+    if answer.finish_reason == "length":
+        parts.append("cut off")
+    output.stderr().print(" · ".join(parts), style="dim")

@@ -1,10 +1,11 @@
 """kvctl serve: the appliance in the foreground, from its profile to its last flushed block.
 
-Invariant: without --json stdout stays empty; with it, each start event is one line there.
+Invariant: without --json stdout stays empty; with it, each event of the start is one line there.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,28 +13,22 @@ import typer
 
 from appliance.errors import UsageError
 from kvctl import output
-from kvctl.options import Home, Json, ProfileName, locate
+from kvctl.diagnostics import say
+from kvctl.options import Home, Json, ModelName, ProfileName, locate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.status import Status
 
-    from appliance.api.start import StartEvent, StartReady
+    from appliance.api.start import ServeEvent, StartReady
 
-NO_MODEL = """no model yet. Three ways to get one:
-  kvctl serve --model FILE.gguf               a model file you have
-  kvctl model pull REPO FILE                  download one, then: kvctl serve --model NAME
-  kvctl serve --synth                         random weights, to try the machinery"""
+NO_MODEL = """no model yet. With a file you have: kvctl serve --model FILE.gguf
+       or download one:               kvctl model pull REPO FILE
+       or try it with random weights: kvctl serve --synth"""
 
 
 def serve(
     ctx: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", metavar="NAME|PATH", help="A GGUF file or a name from `kvctl model list`.", show_default=False
-        ),
-    ] = None,
+    model: ModelName = None,
     synth: Annotated[bool, typer.Option("--synth", help="Serve random weights: no model needed.")] = False,
     profile: ProfileName = "default",
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default=False)] = None,
@@ -66,54 +61,39 @@ def serve(
     from appliance.build import ServeOptions
     from appliance.build import serve as run
 
-    with StartReport(as_json) as report:
+    with ServeReport(as_json) as report:
         code = run(ServeOptions(home=locate(ctx, home), profile=settings, model=chosen, synth=synth, report=report))
     raise typer.Exit(code)
 
 
-class StartReport:
-    """Renders start events as they come: lines of JSON, or a spinner and then the start panel on stderr."""
+class ServeReport:
+    """Renders what `serve` reports: lines of JSON, or steps and then the start panel on stderr."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
-        self._console = output.stderr()
-        self._spinner: Status | None = None
-        self._said = ""
+        self._showing = ExitStack()
+        self._say: output.Steps | None = None
 
-    def __enter__(self) -> StartReport:
+    def __enter__(self) -> ServeReport:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_spinner()
+        self._showing.close()
 
-    def __call__(self, event: StartEvent) -> None:
-        if self._as_json:
+    def __call__(self, event: ServeEvent) -> None:
+        if event.kind == "draining":
+            noun = "request" if event.requests == 1 else "requests"
+            say(f"draining: {event.requests} {noun} running; again to stop at once")
+        elif self._as_json:
             output.print_json(event, line=True)
         elif event.kind == "ready":
-            self._stop_spinner()
-            self._console.print(_panel(event))
+            self._showing.close()
+            output.stderr().print(_panel(event))
         else:
-            self._progress(output.plain(event.text), event.fraction)
-
-    def _progress(self, text: str, fraction: float | None) -> None:
-        if not self._console.is_terminal:
-            if text != self._said:  # a log wants each step once, not each percent
-                self._console.print(text)
-                self._said = text
-            return
-        line = text if fraction is None else f"{text} {fraction:.0%}"
-        if self._spinner is None:
-            self._spinner = self._console.status(line)
-            self._spinner.start()
-        else:
-            self._spinner.update(line)
-
-    def _stop_spinner(self) -> None:
-        if self._spinner is not None:
-            self._spinner.stop()
-            self._spinner = None
+            self._say = self._say or self._showing.enter_context(output.steps())
+            self._say(event.text, event.fraction)
 
 
 def _panel(ready: StartReady) -> RenderableType:

@@ -13,7 +13,7 @@ from kvctl.options import Home, Json, locate
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from appliance.api.control import Status
+    from appliance.api.control import Loading, Process, Status
 
 
 def status(ctx: typer.Context, home: Home = None, as_json: Json = False) -> None:
@@ -21,13 +21,27 @@ def status(ctx: typer.Context, home: Home = None, as_json: Json = False) -> None
     from kvctl.client import AdminClient
 
     with AdminClient(locate(ctx, home)) as admin:
-        found = admin.status()
+        found = admin.look()
     if as_json:
         output.print_json(found)
         return
     console = output.stdout()
-    for part in _parts(found):
+    for part in _loading(found) if found.state == "loading" else _parts(found):
         console.print(part)
+
+
+def _loading(now: Loading) -> Iterator[RenderableType]:
+    yield output.fields(
+        [
+            ("state", f"[yellow]{output.plain(now.progress)}[/] for {_since(now)}"),
+            ("address", output.plain(now.base_url)),
+            ("home", output.plain(now.home)),
+        ]
+    )
+
+
+def _since(process: Process) -> str:
+    return f"{output.duration(process.uptime_s)}, pid {process.pid}, version {process.version}"
 
 
 def _parts(status: Status) -> Iterator[RenderableType]:
@@ -46,7 +60,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
         [
             (
                 "state",
-                f"[{colour}]{status.state}[/] for {output.duration(status.uptime_s)}, pid {status.pid}, version {status.version}",
+                f"[{colour}]{status.state}[/] for {_since(status)}",
             ),
             ("address", output.plain(status.base_url)),
             ("home", output.plain(status.home)),

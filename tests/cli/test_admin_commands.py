@@ -35,7 +35,7 @@ def test_status_shows_model_speed_tiers_and_what_to_know(kvctl: Kvctl, appliance
         "qwen2.5-0.5b-q8_0  qwen2 0.5B Q8_0 [/x]",
         "restarted 1x",
         "16,384 tokens, 12 KiB each",
-        "1 decode, 2 prefill",
+        "decode 2, 1 beside others; prefill 2",
         "21.4 ms per token, 412 tok/s prefill",
         "81% cached: hbm 8,000, dram 2,000",
         "2 records did not verify",

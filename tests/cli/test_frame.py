@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,31 @@ def test_wrong_usage_is_one_line(kvctl: Kvctl, typed: list[str], complaint: str)
     result = kvctl(*typed)
     assert result.code == ExitCode.USAGE
     assert result.complaint.startswith(complaint)
+
+
+@pytest.mark.parametrize("typed", [[], ["tenant"], ["model"], ["bench"]], ids=" ".join)
+def test_a_group_alone_shows_its_help(kvctl: Kvctl, typed: list[str]) -> None:
+    result = kvctl(*typed)
+    assert (result.code, result.out) == (ExitCode.USAGE, "")
+    assert result.err == kvctl(*typed, "--help").out
+
+
+def _completed(typed: str) -> list[str]:
+    """What bash offers after this."""
+    words = typed.split(" ")
+    shell = {"_KVCTL_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    asked = subprocess.run(
+        [sys.executable, "-m", "kvctl.cli"], env={**os.environ, **shell}, capture_output=True, text=True
+    )
+    assert asked.returncode == 0
+    return asked.stdout.split()
+
+
+def test_the_shell_completes_commands_profiles_and_models(kvctl: Kvctl) -> None:
+    assert _completed("kvctl sta") == ["status"]
+    assert _completed("kvctl serve --profile lap") == ["laptop-cpu"]
+    assert kvctl("model", "synth", "tiny").code == ExitCode.OK
+    assert _completed("kvctl serve --model t") == ["tiny"]
 
 
 def test_version(kvctl: Kvctl) -> None:

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from appliance.errors import AlreadyRunning, StateError
-from appliance.server import listen
+from appliance.server import listen, loading
 from appliance.server.app import admin_app, public_app
-from tests.support.fake_runtime import FakeAdmin, FakeRuntime, service
+from tests.support.fake_runtime import LOADING, FakeAdmin, FakeRuntime, service
 
 ALICE = {"authorization": "Bearer key-of-alice"}
 HELLO = [{"role": "user", "content": "hi"}]
@@ -77,19 +77,6 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "kvctl.sock").exists()
 
 
-@pytest.mark.parametrize(
-    ("host", "url"),
-    [
-        ("127.0.0.1", "http://127.0.0.1:7/v1"),
-        ("::1", "http://[::1]:7/v1"),
-        ("0.0.0.0", "http://127.0.0.1:7/v1"),
-        ("::", "http://[::1]:7/v1"),
-    ],
-)
-def test_the_base_url_is_one_a_client_here_can_use(host: str, url: str) -> None:
-    assert listen.local_url(host, 7) == url
-
-
 def test_a_live_admin_socket_is_kept_and_its_pid_named(tmp_path: Path) -> None:
     path = tmp_path / "kvctl.sock"
     bound = listen.bind("127.0.0.1", 0, path)
@@ -120,6 +107,23 @@ def test_a_file_in_the_way_is_not_removed(tmp_path: Path) -> None:
 def test_a_long_socket_path_says_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="--home"):
         listen.bind("127.0.0.1", 0, tmp_path / ("d" * 100) / "kvctl.sock")
+
+
+async def test_a_kept_connection_meets_the_app_of_the_moment(tmp_path: Path, runtime: FakeRuntime) -> None:
+    bound = listen.bind("127.0.0.1", 0, tmp_path / "kvctl.sock")
+    served = service(runtime)
+    listener = listen.Listener(bound, loading.public_app(lambda: LOADING), loading.admin_app(lambda: LOADING))
+    await listener.start()
+    async with (
+        httpx.AsyncClient(base_url=bound.base_url, headers=ALICE) as client,
+        admin_client(bound.admin_path) as admin,
+    ):
+        assert (await client.get("/models")).status_code == 503
+        assert (await admin.get("/v1/admin/status")).json()["state"] == "loading"
+        listener.switch(public_app(served), admin_app(served, FakeAdmin()))
+        assert (await client.get("/models")).status_code == 200
+        assert (await admin.get("/v1/admin/status")).json()["state"] == "ready"
+    await listener.stop(5.0)
 
 
 async def test_stop_lets_a_running_answer_finish(tmp_path: Path, runtime: FakeRuntime) -> None:

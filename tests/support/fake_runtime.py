@@ -11,6 +11,7 @@ from appliance.api.control import (
     EngineStatus,
     EvictRequest,
     EvictResult,
+    Loading,
     PrefetchProgress,
     PrefetchRequest,
     PromptInspection,
@@ -46,6 +47,16 @@ MODEL = ServedModel(
     description="fake 1B F32",
     build="fake 1.0",
     slots=16,
+)
+
+LOADING = Loading(
+    version="0.1.0",
+    pid=1,
+    uptime_s=1.0,
+    home="/h",
+    base_url="http://127.0.0.1:1/v1",
+    doing="loading fake",
+    fraction=0.42,
 )
 
 

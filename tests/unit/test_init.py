@@ -117,6 +117,7 @@ def test_a_home_that_cannot_be_made_is_said_in_one_line(tmp_path: Path, profile:
     [
         ("0.0.0.0", "http://127.0.0.1:80/v1"),
         ("::", "http://[::1]:80/v1"),
+        ("::1", "http://[::1]:80/v1"),
         ("10.0.0.7", "http://10.0.0.7:80/v1"),
         ("box.local", "http://box.local:80/v1"),
     ],
