@@ -188,6 +188,8 @@ class RequestRun:
         computed = prefilled.prefill_tokens if prefilled else 0
         surplus = sum(loaded.by_tier.values()) + computed - n  # the last token is computed again for its logits
         by_tier = dict(loaded.by_tier)
+        if prefilled and surplus < 0:  # taken over, in cells, from requests that computed it meanwhile
+            by_tier[Tier.HBM] -= surplus
         for tier in reversed(list(by_tier)):
             taken = min(max(surplus, 0), by_tier[tier])
             by_tier[tier] -= taken
