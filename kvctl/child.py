@@ -99,17 +99,22 @@ class Child:
         """SIGTERM: drains and flushes. Returns the exit code."""
         return self._end(signal.SIGTERM)
 
+    def wait(self) -> int:
+        """Until it ends by itself, or by a signal sent already. Returns the exit code."""
+        return self._end(None)
+
     def said(self) -> str:
         """All that was written to stderr since the first start."""
         fd = self._stderr.fileno()
         return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
 
-    def _end(self, how: signal.Signals) -> int:
+    def _end(self, how: signal.Signals | None) -> int:
         process = self._process
         if process is None:
             return 0
         self._process = None
-        process.send_signal(how)
+        if how is not None:
+            process.send_signal(how)
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:

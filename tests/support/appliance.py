@@ -183,8 +183,8 @@ class Appliance:
     def get(self, path: str) -> httpx.Response:
         return self._http.get(path)
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self._http.post(path, json=body)
+    def post(self, path: str, body: Mapping[str, Any] | bytes) -> httpx.Response:
+        return self._http.post(path, content=body if isinstance(body, bytes) else json.dumps(body).encode())
 
     def complete(self, prompt: str | Sequence[int], *, http: httpx.Client | None = None, **fields: Any) -> Answer:
         """A greedy completion; `http` speaks for another tenant."""
