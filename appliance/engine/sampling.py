@@ -1,6 +1,7 @@
 """A sampling chain over one logits vector, in numpy: for engines that bring none of their own.
 
-Order: bias, penalties, temperature, top-k, top-p, min-p, draw. The same seed and logits give the same tokens.
+Order: bias, penalties, temperature, top-k, top-p, min-p, draw. The same seed and logits give the same tokens. Penalties
+look at prompt and completion; log-probabilities are those of the raw logits.
 Threading: one Chain belongs to one request and is used by the compute thread.
 """
 
@@ -20,8 +21,8 @@ class Chain:
     def __init__(self, params: SamplingParams, prompt: Tokens, end_token: int) -> None:
         self._params = params
         self._end_token = end_token
-        self._seen = Counter(prompt.ids()) if params.repeat_penalty != 1.0 else Counter[int]()
-        self._generated: Counter[int] = Counter()
+        self._penalises = params.repeat_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self._seen = Counter(prompt.ids()) if self._penalises else Counter[int]()
         self._random = np.random.default_rng(params.seed)
 
     def choose(self, logits: Logits) -> tuple[int, TokenLogprob | None]:
@@ -29,10 +30,9 @@ class Chain:
         scores = self._adjusted(logits)
         greedy = self._params.temperature <= 0
         token = int(np.argmax(scores)) if greedy else self._draw(scores / self._params.temperature)
-        self._generated[token] += 1
-        if self._params.repeat_penalty != 1.0:
+        if self._penalises:
             self._seen[token] += 1
-        return token, _logprob(scores, token, self._params.logprobs)
+        return token, _logprob(logits.astype(np.float64), token, self._params.logprobs)
 
     def _adjusted(self, logits: Logits) -> npt.NDArray[np.float64]:
         params = self._params
@@ -41,9 +41,8 @@ class Chain:
             scores[token] += bias
         if params.ignore_eos:
             scores[self._end_token] = -np.inf
-        for token in self._seen:
+        for token, count in self._seen.items():
             scores[token] *= 1 / params.repeat_penalty if scores[token] > 0 else params.repeat_penalty
-        for token, count in self._generated.items():
             scores[token] -= params.presence_penalty + params.frequency_penalty * count
         return scores
 
