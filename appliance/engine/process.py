@@ -26,6 +26,8 @@ PASSED_ENVIRONMENT = (
     "PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH",
     "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES",
 )  # fmt: skip
+OPENMP = {"GOMP_SPINCOUNT": "1000"}
+"""Microseconds, not milliseconds: a compute thread that waits for one without a core must give up its own."""
 RunQueue = asyncio.Queue[Event | Failed | EngineDied]
 
 
@@ -125,5 +127,5 @@ def _launch(socket_fd: int, pool_fd: int | None) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         pass_fds=[socket_fd] if pool_fd is None else [socket_fd, pool_fd],
         cwd=ROOT,
-        env={name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ},
+        env={name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ} | OPENMP,
     )
