@@ -129,11 +129,11 @@ def _appliance(home: Path, options: Options) -> Iterator[Child]:
 
 
 def _context(child: Child, tokens: int, options: Options, device: Callable[[], float]) -> Context:
-    prompt = _prompt(PublicClient(child.home), tokens)
+    ids = prompt(PublicClient(child.home).tokenize, tokens)
 
     def ask(tier: str) -> Answer:
         options.say(f"{tokens:,} tokens: {tier}")
-        return PublicClient(child.home).complete(prompt, max_tokens=COMPLETION_TOKENS, temperature=0.0)
+        return PublicClient(child.home).complete(ids, max_tokens=COMPLETION_TOKENS, temperature=0.0)
 
     cold = ask("cold")
     child.settle()
@@ -183,7 +183,7 @@ def _measured(
     )
 
 
-def _prompt(client: PublicClient, tokens: int) -> list[int]:
+def prompt(tokenize: Callable[[str], list[int]], tokens: int) -> list[int]:
     """Exactly `tokens` ids of plain text that repeats nothing longer than a sentence."""
     text, number = [], 0
     ids: list[int] = []
@@ -191,5 +191,5 @@ def _prompt(client: PublicClient, tokens: int) -> list[int]:
         for _ in range(tokens // 8 + 8):
             number += 1
             text.append(f"Line {number}: item {number * 7919 % 10007} was moved to shelf {number * 104729 % 9973}.\n")
-        ids = client.tokenize("".join(text))
+        ids = tokenize("".join(text))
     return ids[:tokens]

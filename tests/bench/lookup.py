@@ -1,0 +1,107 @@
+"""Time to find a 1M-token prompt among 1M blocks: names, tables and the partial block at the end. No engine computes.
+
+The index is filled as the store fills it, one record per block named but not written: a lookup reads no record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.kv.base import NewBlock
+from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry
+from appliance.kv.recovery import NOTHING_MENDED, Recovered
+from appliance.kv.store import TieredStore
+from appliance.kv.tiers.base import Extent
+from appliance.kv.tiers.dram import DramPool
+from appliance.kv.tiers.nvme import NvmeTier
+from appliance.kv.tiers.sealed import SealedTier, superblock_maker
+from appliance.kv.transfer import TransferPool
+from appliance.security.keyring import Keyring
+from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tokens
+from tests.support.kv import keyring
+
+BLOCKS = 1_000_000
+PROMPT_TOKENS = 1_000_000
+LOOKUPS = 21
+LAYOUT = BlockLayout(256, token_bytes=(12288,), fixed_bytes=(0,))
+RECORD_BYTES = 3 * 2**20 + 8192
+NS = Namespace("default")
+_BATCH = 20_000
+
+
+@dataclass(frozen=True)
+class LookupTimes:
+    blocks: int
+    prompt_tokens: int
+    median_s: float
+    worst_s: float
+
+
+def measure(folder: Path) -> LookupTimes:
+    """Works in a new folder inside `folder`: about 2 GB."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        return asyncio.run(_measure(Path(name)))
+
+
+async def _measure(home: Path) -> LookupTimes:
+    ring = keyring(home)
+    prompt = Tokens(os.urandom(4 * PROMPT_TOKENS))
+    index = Index(
+        home / FILE_NAME, index_key=os.urandom(32), store_uuid=ring.store_uuid, map_bytes=16 * 2**30, create=True
+    )
+    entries = _fill(index, _store(home / "empty", ring, index, {}).missing(NS, prompt))
+    store = _store(home / "full", ring, index, entries)
+    times = []
+    for _ in range(LOOKUPS):
+        started_s = time.perf_counter()
+        found = store.lookup(NS, prompt)
+        times.append(time.perf_counter() - started_s)
+        if len(found.hits) != PROMPT_TOKENS // LAYOUT.block_tokens:
+            raise SystemExit(f"the lookup found {len(found.hits)} blocks")
+    return LookupTimes(len(entries), PROMPT_TOKENS, statistics.median(times), max(times))
+
+
+def _store(folder: Path, ring: Keyring, index: Index, entries: dict[BlockId, IndexEntry]) -> TieredStore:
+    pool = DramPool(4 * LAYOUT.slot_bytes, lock=False)
+    tier = NvmeTier(folder, capacity_bytes=2**42, segment_bytes=2**28, superblock=superblock_maker(ring))
+    return TieredStore(
+        keyring=ring,
+        fingerprint=Fingerprint(bytes(32), bytes(32)),
+        layout=LAYOUT,
+        pool=pool,
+        shape=pool.partition(LAYOUT.slot_bytes),
+        transfers=TransferPool(1, RECORD_BYTES),
+        sealed=SealedTier(tier, ring, time.time),
+        recovered=Recovered(index, entries, adopted=0, mended=NOTHING_MENDED),
+        write_behind_bytes=2**30,
+        read_bytes=2**23,
+        clock=time.time,
+    )
+
+
+def _fill(index: Index, prompt: Sequence[NewBlock]) -> dict[BlockId, IndexEntry]:
+    """The prompt's full blocks spread among others."""
+    ours = iter(new for new in prompt if len(new.tokens) == LAYOUT.block_tokens)
+    stride = BLOCKS // len(prompt)
+    entries: dict[BlockId, IndexEntry] = {}
+    batch: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
+    for n in range(BLOCKS):
+        new = next(ours, None) if n % stride == 0 else None
+        if new is None:
+            new = NewBlock(BlockId(os.urandom(32)), BlockId(os.urandom(32)), 0, Tokens(os.urandom(1024)))
+        extent = Extent(n // 80, 4096 + n % 80 * RECORD_BYTES, RECORD_BYTES)
+        entry = IndexEntry(extent, 3 * 2**20, len(new.tokens), new.start, new.parent, n)
+        entries[new.block] = entry
+        batch[new.block] = (entry, new.tokens)
+        if len(batch) == _BATCH:
+            index.apply(Changes(added=batch))
+            batch = {}
+    index.apply(Changes(added=batch))
+    return entries
