@@ -59,17 +59,18 @@ def _drop(folder: Path) -> None:
 
 def _ask(model: str, cache: str, prompt_tokens: int, threads: int, batch_threads: int) -> None:
     import llama_cpp
+    from llama_cpp import llama_cpp as ll
 
     from kvctl.bench.ttft import prompt
 
-    defaults = llama_cpp.llama_model_default_params
+    defaults = ll.llama_model_default_params
 
     def parameters() -> object:
         found = defaults()
-        found.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()  # its kernels crash
+        found.use_extra_bufts = b"AMX_INT8 = 1" not in ll.llama_print_system_info()  # its kernels crash
         return found
 
-    llama_cpp.llama_model_default_params = parameters
+    ll.llama_model_default_params = parameters
     llama = llama_cpp.Llama(
         model,
         n_ctx=prompt_tokens + 512,
