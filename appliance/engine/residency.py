@@ -34,7 +34,7 @@ class Extent:
 class Sequence:
     """Positions [0, length) of `prompt + generated` are in cells."""
 
-    __slots__ = ("generated", "id", "ns", "pins", "prompt", "tail")
+    __slots__ = ("generated", "held", "id", "ns", "pins", "prompt", "tail")
 
     def __init__(self, seq: int, ns: bytes, prompt: Tokens) -> None:
         self.id = seq
@@ -43,10 +43,19 @@ class Sequence:
         self.generated = bytearray()
         self.tail: Extent | None = None
         self.pins: list[Pin] = []
+        self.held = True
 
     @property
     def length(self) -> int:
         return self.tail.stop if self.tail else 0
+
+    @property
+    def offered(self) -> int:
+        """Positions others may share. While the holder may still drop its prompt's last to decode it again, not that
+        one: shared, its cell would stay in use and the holder need one more than it has claimed.
+        """
+        last = len(self.prompt) - 1
+        return min(self.length, last) if self.held and not self.generated else self.length
 
     @property
     def pinned(self) -> int:
@@ -60,15 +69,15 @@ class Sequence:
             extent = extent.parent
 
     def shares(self, tokens: Tokens) -> int:
-        """Leading tokens of `tokens` that this sequence has in cells."""
+        """Leading tokens of `tokens` that this sequence has in cells and offers."""
         n = self.prompt.common_prefix(tokens)
         if n == len(self.prompt) and self.generated and n < len(tokens):
             n += Tokens(bytes(self.generated)).common_prefix(tokens[n:])
-        return min(n, self.length)
+        return min(n, self.offered)
 
     def covers(self, other: Sequence) -> bool:
         """Nothing of `other` would be found that is not found here."""
-        if self.ns != other.ns or self.length < other.length:
+        if self.ns != other.ns or self.offered < other.length:
             return False
         return self.shares(other.tokens()) == other.length
 
@@ -104,7 +113,7 @@ class Residency:
         """The sequence of `ns` that shares most leading tokens, and how many; (None, beyond) if none shares more."""
         best, most = None, beyond
         for sequence in self._sequences.values():
-            if sequence.ns == ns and sequence.length > most and (n := sequence.shares(tokens)) > most:
+            if sequence.ns == ns and sequence.offered > most and (n := sequence.shares(tokens)) > most:
                 best, most = sequence, n
         return best, most
 
@@ -181,6 +190,7 @@ class Residency:
     def release(self, sequence: Sequence) -> list[Sequence]:
         """Keep it for others to find. Returns the sequences that thereby add nothing, now forgotten."""
         self._released[sequence.id] = sequence
+        sequence.held = False
         others = [other for other in self._sequences.values() if other is not sequence]
         if not sequence.pinned and (not sequence.length or any(other.covers(sequence) for other in others)):
             redundant = [sequence]
