@@ -95,7 +95,6 @@ class ApplianceAdmin(Admin):
 
     async def status(self) -> Status:
         stats, info = await self._engine_stats(), self._engine.info
-        counters, totals = self._store.counters(), self._runtime.totals
         return Status(
             state=self.state(),
             version=__version__,
@@ -126,20 +125,39 @@ class ApplianceAdmin(Admin):
                 notes=[*info.notes, *self._place.notes],
             ),
             tiers=[_tier_status(usage) for usage in self._tiers(stats)],
-            totals=Totals(
-                requests=totals.requests,
-                prompt_tokens=totals.prompt_tokens,
-                cached_tokens={tier.value: totals.cached.get(tier, 0) for tier in Tier},
-                completion_tokens=totals.completion_tokens,
-                integrity_failures=_sum(counters, "integrity_failures_total"),
-                tier_failures=_sum(counters, "tier_failures_total"),
-            ),
+            totals=self._totals(),
+        )
+
+    def _totals(self) -> Totals:
+        counters, totals = self._store.counters(), self._runtime.totals
+        seconds = _by_tier(counters, "load_seconds_total")
+        loaded = _by_tier(counters, "load_bytes_total")
+        return Totals(
+            requests=totals.requests,
+            prompt_tokens=totals.prompt_tokens,
+            cached_tokens={tier.value: totals.cached.get(tier, 0) for tier in Tier},
+            computed_tokens=totals.computed_tokens,
+            completion_tokens=totals.completion_tokens,
+            loaded_bytes={tier: int(count) for tier, count in loaded.items()},
+            load_bytes_per_s={
+                tier: count / seconds[tier] if seconds.get(tier) else 0.0 for tier, count in loaded.items()
+            },
+            stored_bytes={tier: int(count) for tier, count in _by_tier(counters, "store_bytes_total").items()},
+            evicted_blocks={tier: int(count) for tier, count in _by_tier(counters, "evicted_blocks_total").items()},
+            quarantined_blocks=_sum(counters, "quarantined_total"),
+            integrity_failures=_sum(counters, "integrity_failures_total"),
+            tier_failures=_sum(counters, "tier_failures_total"),
         )
 
     async def snapshot(self) -> Snapshot:
         """For /metrics."""
         stats = await self._engine_stats()
+        totals = self._runtime.totals
         counters = {
+            "prompt_tokens_total": float(totals.prompt_tokens),
+            **{f'cached_tokens_total{{tier="{tier.value}"}}': float(totals.cached.get(tier, 0)) for tier in Tier},
+            "computed_tokens_total": float(totals.computed_tokens),
+            "completion_tokens_total": float(totals.completion_tokens),
             **self._store.counters(),
             "engine_restarts_total": float(self._engine.generation - 1),
             "resident_evictions_total": float(stats.resident_evictions),
@@ -298,8 +316,14 @@ def _tier_status(usage: TierUsage) -> TierStatus:
         blocks=usage.blocks,
         tokens=usage.tokens,
         pending_blocks=usage.pending_blocks,
+        pending_bytes=usage.pending_bytes,
         notes=list(usage.notes),
     )
+
+
+def _by_tier(counters: Mapping[str, float], name: str) -> dict[str, float]:
+    prefix = f'{name}{{tier="'
+    return {key[len(prefix) : -2]: value for key, value in counters.items() if key.startswith(prefix)}
 
 
 def _sum(counters: Mapping[str, float], name: str) -> int:

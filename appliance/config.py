@@ -245,7 +245,7 @@ def _validate(tree: dict[str, Any], source: str) -> Profile:
             raise ConfigError(f'{source}: unknown key "{dotted}"{_nearest(dotted, keys())}') from None
         if first["type"] == "model_type":
             raise ConfigError(f'{source}: "{dotted}" is a section: write [{dotted}] and its keys below') from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
         raise ConfigError(f"{source}: {dotted}: {message}") from None
 
 

@@ -77,6 +77,10 @@ class Totals:
     completion_tokens: int = 0
     cached: dict[Tier, int] = field(default_factory=dict)
 
+    @property
+    def computed_tokens(self) -> int:
+        return self.prompt_tokens - sum(self.cached.values())
+
     def add(self, prompt_tokens: int, finished: Finished) -> None:
         self.requests += 1
         self.prompt_tokens += prompt_tokens

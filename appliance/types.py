@@ -227,6 +227,8 @@ class TierUsage:
     blocks: int
     tokens: int
     pending_blocks: int = 0
+    """On their way to this tier."""
+    pending_bytes: int = 0
     state: str = "ok"
     """ok | degraded (failing, bypassed for now) | off"""
     notes: tuple[str, ...] = field(default=())

@@ -40,6 +40,8 @@ class TierStatus(Model):
     blocks: int
     tokens: int
     pending_blocks: int = 0
+    """On their way to this tier: of nvme, the write-behind queue."""
+    pending_bytes: int = 0
     notes: list[str] = Field(default_factory=list)
 
 
@@ -73,10 +75,21 @@ class Totals(Model):
     requests: int
     prompt_tokens: int
     cached_tokens: dict[str, int]
-    """By tier."""
+    """Prompt tokens that were hits, by tier."""
+    computed_tokens: int
+    """Prompt tokens that were misses in every tier."""
     completion_tokens: int
+    loaded_bytes: dict[str, int]
+    """KV bytes restored, by tier."""
+    load_bytes_per_s: dict[str, float]
+    """Of the time spent loading, by tier; 0 where that takes none."""
+    stored_bytes: dict[str, int]
+    evicted_blocks: dict[str, int]
+    quarantined_blocks: int
     integrity_failures: int
+    """Records that did not verify."""
     tier_failures: int
+    """Calls to a medium that failed."""
 
 
 class Process(Model):

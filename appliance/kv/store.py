@@ -29,6 +29,15 @@ from appliance.kv.write_behind import WriteBehind
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
 
+COUNTED = (
+    "quarantined_total",
+    'load_bytes_total{tier="dram"}',
+    'load_bytes_total{tier="nvme"}',
+    'load_seconds_total{tier="nvme"}',
+    'store_bytes_total{tier="nvme"}',
+)
+"""Shown before anything was counted, so that a rate sees the first one."""
+
 
 class TieredStore(KVStore):
     def __init__(
@@ -57,7 +66,7 @@ class TieredStore(KVStore):
         self._limits = Limits(read_bytes, transfers.threads + 2)
         self._clock = clock
         self._notes = tuple(notes)
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._promised_bytes = 0
         self._reserve_turn = asyncio.Lock()
         self._dram = DramTable(pool, self.pool, LeafFirstLru())
@@ -209,7 +218,7 @@ class TieredStore(KVStore):
         if self._below is None or self._writer is None:
             return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off", notes=self._notes)]
         nvme = self._below.usage(self._writer.pending_blocks)
-        return [dram, replace(nvme, notes=(*nvme.notes, *self._notes))]
+        return [dram, replace(nvme, pending_bytes=self._writer.dirty_bytes, notes=(*nvme.notes, *self._notes))]
 
     def counters(self) -> Mapping[str, float]:
         return {**self._counts, 'evicted_blocks_total{tier="dram"}': self._dram.evicted}

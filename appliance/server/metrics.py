@@ -52,11 +52,6 @@ class Metrics:
         registry = self._registry
         self._requests = Counter("kvctl_requests", "Generations by how they ended", ["outcome"], registry=registry)
         self._responses = Counter("kvctl_http_responses", "HTTP responses by status", ["status"], registry=registry)
-        self._prompt = Counter("kvctl_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
-        self._cached = Counter(
-            "kvctl_cached_tokens", "Prompt tokens that were not computed, by tier", ["source"], registry=registry
-        )
-        self._completion = Counter("kvctl_completion_tokens", "Generated tokens", registry=registry)
         self._ttft = Histogram(
             "kvctl_ttft_seconds", "Time to first token, queueing included", buckets=TTFT_BUCKETS_S, registry=registry
         )
@@ -66,10 +61,6 @@ class Metrics:
 
     def finished(self, finished: Finished) -> None:
         self._requests.labels(finished.reason.value).inc()
-        self._prompt.inc(finished.sources.total)
-        self._completion.inc(finished.completion_tokens)
-        for source in ("hbm", "dram", "nvme", "remote"):
-            self._cached.labels(source).inc(getattr(finished.sources, source))
         self._ttft.observe(finished.timings.ttft_ms / 1000)
         if finished.completion_tokens > 1:
             self._tpot.observe(finished.timings.predicted_ms / 1000 / (finished.completion_tokens - 1))
@@ -111,6 +102,7 @@ class _StateCollector(Collector):
             "tier_blocks": ("blocks", "Blocks held"),
             "tier_tokens": ("tokens", "Tokens held"),
             "tier_pending_blocks": ("pending_blocks", "Blocks on their way to this tier"),
+            "tier_pending_bytes": ("pending_bytes", "KV bytes on their way to this tier"),
         }
         for name, (attribute, words) in fields.items():
             family = GaugeMetricFamily(f"kvctl_{name}", words, labels=["tier"])

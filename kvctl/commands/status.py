@@ -56,6 +56,11 @@ def _parts(status: Status) -> Iterator[RenderableType]:
         for n, what in ((totals.integrity_failures, "records did not verify"), (totals.tier_failures, "tier failures"))
         if n
     ]
+    restored = [
+        f"{tier} {output.size(n)}" + (f" at {output.size(rate)}/s" if rate else "")
+        for (tier, n), rate in zip(totals.loaded_bytes.items(), totals.load_bytes_per_s.values(), strict=True)
+        if n
+    ]
     yield output.fields(
         [
             (
@@ -87,6 +92,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
                 "tokens",
                 f"{output.count(totals.prompt_tokens)} prompt{from_cache}, {output.count(totals.completion_tokens)} completion",
             ),
+            *([("restored", ", ".join(restored))] if restored else []),
             *([("failures", f"[red]{', '.join(failures)}[/]")] if failures else []),
         ]
     )

@@ -38,6 +38,7 @@ def test_status_shows_model_speed_tiers_and_what_to_know(kvctl: Kvctl, appliance
         "decode 2, 1 beside others; prefill 2",
         "21.4 ms per token, 412 tok/s prefill",
         "81% cached: hbm 8,000, dram 2,000",
+        "dram 1 MiB, nvme 64 MiB at 512 MiB/s",
         "2 records did not verify",
         "note: the pool could not be locked",
         "note: nvme: EIO",

@@ -178,8 +178,10 @@ class FakeAdmin(Admin):
             kv_bytes_per_token=8, weight_bytes=16, cell_bytes=32, sequences_resident=0, notes=[],
         )  # fmt: skip
         totals = Totals(
-            requests=0, prompt_tokens=0, cached_tokens={}, completion_tokens=0, integrity_failures=0, tier_failures=0
-        )
+            requests=0, prompt_tokens=0, cached_tokens={}, computed_tokens=0, completion_tokens=0, loaded_bytes={},
+            load_bytes_per_s={}, stored_bytes={}, evicted_blocks={}, quarantined_blocks=0, integrity_failures=0,
+            tier_failures=0,
+        )  # fmt: skip
         return Status(
             state="ready", version="0.1.0", pid=1, uptime_s=1.0, home="/h", base_url="http://127.0.0.1:1/v1",
             running=0, waiting=0, rss_bytes=1, engine=engine, tiers=[], totals=totals,

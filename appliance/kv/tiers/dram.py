@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
+import psutil
+
 from appliance.errors import ConfigError
 from appliance.kv.base import PoolShape
 from appliance.kv.policy import EvictionPolicy
@@ -41,6 +43,11 @@ class DramPool:
         self.notes: tuple[str, ...] = ()
         if not self.capacity_bytes:
             raise ConfigError("tiers.dram.capacity must be at least one page")
+        free_bytes = psutil.virtual_memory().available
+        if self.capacity_bytes > free_bytes:  # to be told is better than to be killed while touching it
+            raise ConfigError(
+                f"tiers.dram.capacity: {self.capacity_bytes >> 20} MiB were asked for, {free_bytes >> 20} MiB are free"
+            )
         self.fd = os.memfd_create("kvctl-pool", 0)  # inheritable: the engine process gets it by pass_fds
         try:
             os.posix_fallocate(self.fd, 0, self.capacity_bytes)  # an error here, not a SIGBUS later
