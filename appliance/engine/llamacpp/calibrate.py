@@ -56,6 +56,7 @@ def calibrate(
                 for n in candidates:
                     worst[n] = max(idle[n], _step_s(partial(decode, n)))
         threads = min(n for n in candidates if worst[n] <= GOOD_ENOUGH * min(worst.values()))
+        threads = min(threads, quiet_threads)  # the box was not idle, or more threads would have helped there too
     choices = [batch_threads] if batch_threads else [n for n in candidates if 2 * n >= cores]
     rates = {n: prefill_tokens / min(_timed(partial(prefill, n)) for _ in range(BATCHES)) for n in choices}
     batch_threads = max(rates, key=lambda n: rates[n])
