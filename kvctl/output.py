@@ -115,11 +115,14 @@ def share(part: float, whole: float) -> str:
 @contextmanager
 def progress(text: str) -> Iterator[Callable[[float, float], None]]:
     """A bar on stderr while the block runs; call it with (done, total). Nothing is drawn where nobody watches."""
+    console = stderr()
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(text, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=max(total, 1))
 
