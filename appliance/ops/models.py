@@ -120,7 +120,10 @@ def sha256(path: Path, home: Path, on_progress: Callable[[float], None] | None =
 
 
 def pull(home: Path, repo: str, file: str) -> Model:
-    """Download one GGUF file from the Hugging Face hub: the only thing here that reaches the network."""
+    """Download one GGUF file from the Hugging Face hub: the only thing here that reaches the network.
+
+    What came before a failure stays in the staging folder: the next try goes on from there.
+    """
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:

@@ -31,7 +31,7 @@ _UNSAFE = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
 def chat(
     ctx: typer.Context,
     question: Annotated[
-        str | None, typer.Argument(metavar="[QUESTION]", help="Leave it out for a conversation.", show_default=False)
+        str | None, typer.Argument(metavar="QUESTION", help="Leave it out for a conversation.", show_default=False)
     ] = None,
     file: Annotated[
         Path | None,

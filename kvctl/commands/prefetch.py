@@ -55,13 +55,17 @@ def _work_tokens(step: PrefetchProgress, to: Target, compute: bool) -> int:
 
 
 def _print(done: PrefetchProgress) -> None:
-    found = ", ".join(f"[{output.TIER_STYLE[tier]}]{tier} {output.count(n)}[/]" for tier, n in done.found.items() if n)
+    found = ", ".join(
+        f"[{output.TIER_STYLE[tier]}]{'no tier' if tier == 'none' else tier} {output.count(n)}[/]"
+        for tier, n in done.found.items()
+        if n
+    )
     rate = f", {output.size(done.moved_bytes / done.seconds)}/s" if done.seconds > 0 and done.moved_bytes else ""
     output.stdout().print(
         output.fields(
             [
                 ("prompt", f"{output.count(done.prompt_tokens)} tokens"),
-                ("was in", found or "nothing"),
+                ("was in", found),
                 ("moved", f"{output.count(done.moved_tokens)} tokens, {output.size(done.moved_bytes)}{rate}"),
                 ("computed", f"{output.count(done.computed_tokens)} tokens"),
                 ("took", output.duration(done.seconds)),

@@ -31,14 +31,22 @@ def serve(
     model: ModelName = None,
     synth: Annotated[bool, typer.Option("--synth", help="Serve random weights: no model needed.")] = False,
     profile: ProfileName = "default",
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default=False)] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", metavar="ADDRESS", help="Where to listen; 127.0.0.1 if not said.", show_default=False),
+    ] = None,
     port: Annotated[
         int | None,
         typer.Option("--port", min=0, max=65535, metavar="N", help="Port; 0 picks a free one.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the profile.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Change one key of the profile; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     home: Home = None,
     as_json: Json = False,

@@ -138,7 +138,7 @@ def test_prefetch_reports_what_was_where_and_what_moved(kvctl: Kvctl, appliance:
     asked = control.PrefetchRequest.model_validate(appliance.body_of("POST /v1/admin/prefetch"))
     assert (asked.to, asked.compute) == ("hbm", True)
     assert result.code == ExitCode.OK
-    assert "dram 200, nvme 700, none 100" in result.out
+    assert "dram 200, nvme 700, no tier 100" in result.out
     assert "700 tokens, 8.2 MiB, 164 MiB/s" in result.out
     assert kvctl("prefetch", "--prompt-file", str(prompt), "--json").json == canned.prefetched()
 
