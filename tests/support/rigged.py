@@ -1,4 +1,4 @@
-"""`kvctl` whose nvme tier fails while a file says so; run it as RIGGED, and say so with `fault`.
+"""`kvctl` that logs all there is, and whose nvme tier fails while a file says so; run it as RIGGED, and say so with `fault`.
 
 The file is JSON, operation of RecordTier to "io" or "full", and lies in the home.
 """
@@ -6,6 +6,7 @@ The file is JSON, operation of RecordTier to "io" or "full", and lies in the hom
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -43,5 +44,6 @@ def fault(home: Path, **faults: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.DEBUG)
     opening.NvmeTier = RiggedTier  # type: ignore[assignment,misc]
     main()
