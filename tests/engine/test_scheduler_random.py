@@ -42,11 +42,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         tail=st.sampled_from(TAILS),
         reserve_tokens=st.integers(1, 12),
         ns=st.sampled_from([b"one", b"two"]),
+        then=st.sampled_from(["", "run", "restore and run"]),
     )
-    def begin(self, document: Tokens, length: int, tail: Tokens, reserve_tokens: int, ns: bytes) -> str:
+    def begin(self, document: Tokens, length: int, tail: Tokens, reserve_tokens: int, ns: bytes, then: str) -> str:
         name = f"r{len(self.begun)}"
         self.bench.begin(name, document[:length] + tail, reserve_tokens, ns)
         self.begun[name] = self.bench.roster.known(name)
+        if "restore" in then:
+            self.restore(name, 60, True)
+        if "run" in then:
+            self.run(name, reserve_tokens)
         return name
 
     @rule(name=known, n_tokens=st.integers(0, 60), whole=st.booleans())
@@ -128,5 +133,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sum(isinstance(event, Prefilled) for event in self.bench.events[name]) == 1
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
