@@ -29,7 +29,6 @@ from appliance.api.control import (
     StoreOverview,
     TenantAdd,
     TenantAdded,
-    TenantInfo,
     TenantList,
     TierStatus,
     TierStore,
@@ -37,11 +36,12 @@ from appliance.api.control import (
     VerifyProgress,
     VerifyRequest,
 )
-from appliance.api.start import StartProgress
+from appliance.api.serve import StartProgress
 from appliance.engine.client import EngineClient
 from appliance.engine.protocol import EngineStats
 from appliance.errors import EngineError, RequestError
 from appliance.kv.base import KVStore
+from appliance.ops.tenants import tenants_of
 from appliance.runtime import PrefetchStep, Runtime
 from appliance.security.keyring import Keyring
 from appliance.server.base import Admin
@@ -278,10 +278,7 @@ class ApplianceAdmin(Admin):
         return EvictResult(freed=await self._runtime.evict(Tier(request.tier)))
 
     async def tenants(self) -> TenantList:
-        found = self._keyring.tenants()
-        return TenantList(
-            tenants=[TenantInfo(tenant=t.name, api_keys=len(t.api_keys), created=t.created) for t in found]
-        )
+        return tenants_of(self._keyring)
 
     async def add_tenant(self, request: TenantAdd) -> TenantAdded:
         api_key = await asyncio.to_thread(self._keyring.add_tenant, request.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from appliance.admin import ApplianceAdmin, Place, loading_status
 from appliance.api.control import Loading
-from appliance.api.start import Draining, ServeEvent, StartProgress, StartReady
+from appliance.api.serve import Draining, ServeEvent, StartProgress, StartReady
 from appliance.config import Profile, admin_socket, client_file
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
 from appliance.engine.proxy import EngineProxy
@@ -80,7 +80,7 @@ async def _serve(options: ServeOptions, keyring: Keyring, started_s: float) -> i
     signals, progress, server = Signals(), _Progress(options.report), options.profile.server
     async with AsyncExitStack() as stack:
         bound = bind(server.host, server.port, admin_socket(options.home))
-        stack.callback(_close_sockets, bound)
+        stack.callback(bound.close)
         place = Place(options.home, bound.base_url, started_s, _exposure(bound))
 
         def now() -> Loading:
@@ -217,12 +217,6 @@ class _Progress:
         if step != self.step:
             self.step = step
             self._report(step)
-
-
-def _close_sockets(bound: Bound) -> None:
-    bound.public.close()
-    bound.admin.close()
-    bound.admin_path.unlink(missing_ok=True)
 
 
 def _exposure(bound: Bound) -> tuple[str, ...]:

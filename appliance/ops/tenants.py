@@ -16,9 +16,13 @@ def add_tenant(home: Path, key_file: Path, name: str) -> TenantAdded:
 
 
 def list_tenants(home: Path, key_file: Path) -> TenantList:
+    return tenants_of(Keyring.open(home, key_file))
+
+
+def tenants_of(keyring: Keyring) -> TenantList:
     return TenantList(
         tenants=[
             TenantInfo(tenant=tenant.name, api_keys=len(tenant.api_keys), created=tenant.created)
-            for tenant in Keyring.open(home, key_file).tenants()
+            for tenant in keyring.tenants()
         ]
     )

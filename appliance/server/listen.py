@@ -41,6 +41,11 @@ class Bound:
     base_url: str
     """What clients are configured with, /v1 included."""
 
+    def close(self) -> None:
+        self.public.close()
+        self.admin.close()
+        self.admin_path.unlink(missing_ok=True)
+
 
 def bind(host: str, port: int, admin_path: Path) -> Bound:
     """Both sockets; who connects waits until a Listener starts. StateError names what is in the way; AlreadyRunning names the pid."""
@@ -182,7 +187,7 @@ class Listener:
             server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # seconds, whole or not
             server.should_exit = True
             await asyncio.shield(task)
-        self._bound.admin_path.unlink(missing_ok=True)
+        self._bound.close()
 
 
 def _server(app: ASGIApp, protocol: type[H11Protocol]) -> _Server:

@@ -19,7 +19,7 @@ from kvctl.options import Home, Json, ModelName, ProfileName, locate
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from appliance.api.start import ServeEvent, StartReady
+    from appliance.api.serve import ServeEvent, StartReady
 
 NO_MODEL = """no model yet. With a file you have: kvctl serve --model FILE.gguf
        or download one:               kvctl model pull REPO FILE

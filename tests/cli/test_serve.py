@@ -9,7 +9,7 @@ import pytest
 
 from appliance import build
 from appliance.api.control import TierStatus
-from appliance.api.start import StartProgress, StartReady
+from appliance.api.serve import StartProgress, StartReady
 from appliance.build import ServeOptions
 from appliance.errors import AlreadyRunning
 from kvctl.diagnostics import ExitCode
