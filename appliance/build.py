@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from appliance.admin import ApplianceAdmin, Place, loading_status
 from appliance.api.control import Loading
@@ -126,12 +127,14 @@ async def _start(
         return advance
 
     model_path, sha256 = await asyncio.to_thread(_model, options, step)
-    progress("reserving memory")
-    pool = await asyncio.to_thread(DramPool, dram.capacity, lock=dram.lock)
-    stack.callback(pool.close)
+    pool: DramPool | None = None
+    if profile.kv.enabled:
+        progress("reserving memory")
+        pool = await asyncio.to_thread(DramPool, dram.capacity, lock=dram.lock)
+        stack.callback(pool.close)
     engine = EngineProxy(
         _engine_config(profile, model_path, sha256),
-        pool_fd=pool.fd,
+        pool_fd=pool.fd if pool else None,
         start_timeout_s=profile.engine.start_timeout,
         on_progress=lambda fraction: progress(f"loading {model_path.stem}", fraction),
     )
@@ -189,9 +192,9 @@ def _engine_config(profile: Profile, model_path: Path, sha256: bytes) -> EngineC
     )
 
 
-async def _open_store(options: ServeOptions, keyring: Keyring, info: EngineInfo, pool: DramPool) -> KVStore:
+async def _open_store(options: ServeOptions, keyring: Keyring, info: EngineInfo, pool: DramPool | None) -> KVStore:
     profile = options.profile
-    if not profile.kv.enabled:
+    if pool is None:
         return NullStore(keyring, info.fingerprint, info.layout, "off: kv.enabled is false")
     if info.kv_mode is KVMode.NONE:
         return NullStore(keyring, info.fingerprint, info.layout, "off: this model's state cannot be cut into blocks")
@@ -274,11 +277,11 @@ async def _learned(home: Path, info: EngineInfo) -> AsyncGenerator[CostModel, No
     """The cost model of this model on this box, kept in the home between starts."""
     path = home / "calibration.json"
     key = info.fingerprint.digest.hex()
+    saved: dict[str, Any] = {}
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved.update(json.loads(path.read_text(encoding="utf-8")))
         cost = CostModel.from_json(saved[key])
     except (OSError, ValueError, KeyError, TypeError):
-        saved = {}
         cost = CostModel.calibrated(info.prefill_tokens_per_s, info.decode_step_s)
     yield cost
     saved[key] = cost.to_json()
