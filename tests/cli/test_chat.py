@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +66,7 @@ def test_one_question_as_json(kvctl: Kvctl, talking: FakeAppliance) -> None:
 def test_a_conversation_sends_what_was_said(
     kvctl: Kvctl, talking: FakeAppliance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\n\nTwo?\n/quit\nThree?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\n\n/help\nTwo?\n/quit\nThree?\n"))
     result = kvctl("chat")
     assert result.code == ExitCode.OK
     assert result.out == "Hello ö\nHello ö\n"
@@ -73,6 +76,7 @@ def test_a_conversation_sends_what_was_said(
         {"role": "user", "content": "Two?"},
     ]
     assert len(_asked(talking)) == 2
+    assert chat.HELP in result.err
 
 
 def test_a_stopped_or_failed_answer_does_not_end_the_conversation(
@@ -100,6 +104,33 @@ def test_a_stopped_or_failed_answer_does_not_end_the_conversation(
     assert "this turn is forgotten" in result.err
     assert "kvctl: the queue is full\n" in result.err
     assert _asked(talking)[-1] == [{"role": "user", "content": "Three?"}]
+
+
+@pytest.mark.parametrize("ended", [b"/quit\r", b"\x04"], ids=["quit", "Ctrl-D"])
+def test_on_a_terminal_pasted_lines_are_one_question(talking: FakeAppliance, ended: bytes) -> None:
+    ours, theirs = pty.openpty()
+
+    unread = b""
+
+    def read_until(awaited: bytes) -> bytes:
+        nonlocal unread
+        while awaited not in unread:
+            unread += os.read(ours, 1024)
+        seen, _, unread = unread.partition(awaited)
+        return seen
+
+    command = [sys.executable, "-m", "kvctl.cli", "chat"]
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        assert chat.HELP.encode() in read_until(b"> ")
+        os.write(ours, b"\x1b[200~One\nTwo?\x1b[201~\r")
+        assert b"Hello" in read_until(b"TTFT")
+        read_until(b"> ")
+        os.write(ours, ended)
+    assert process.returncode == ExitCode.OK
+    assert _asked(talking) == [[{"role": "user", "content": "One\nTwo?"}]]
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_an_answer_cannot_drive_the_terminal() -> None:
