@@ -19,7 +19,7 @@ from appliance.engine import wire
 from appliance.engine.client import Event
 from appliance.engine.protocol import LENGTH, pack, unpack
 from appliance.engine.request import Failed
-from appliance.errors import EngineDied
+from appliance.errors import EngineDied, EngineError, RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED_ENVIRONMENT = (
@@ -41,9 +41,14 @@ class EngineProcess:
         self.closed = asyncio.Event()
 
     async def spawn(self) -> None:
+        """EngineError if there can be no other process now."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = _launch(theirs.fileno(), self._pool_fd)
+            try:
+                self._process = _launch(theirs.fileno(), self._pool_fd)
+            except OSError as error:
+                ours.close()
+                raise EngineError(f"no engine process: {error.strerror or error}") from None
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._reading = asyncio.create_task(self._read())
 
@@ -62,9 +67,14 @@ class EngineProcess:
             del self._calls[call]
 
     def notify(self, op: str, **fields: Any) -> int:
-        """Call without waiting for the answer; returns the call's number."""
+        """Call without waiting for the answer; returns the call's number. RequestError for what no message can hold."""
         self._next_call += 1
-        self._writer.write(pack({"op": op, "call": self._next_call, **fields}))
+        try:
+            self._writer.write(pack({"op": op, "call": self._next_call, **fields}))
+        except (*wire.MALFORMED, OverflowError):
+            raise RequestError(
+                "the request is too long, nested too deeply, or holds a number or text that cannot be sent"
+            ) from None
         return self._next_call
 
     def subscribe(self, request: str) -> RunQueue:

@@ -68,7 +68,10 @@ class EngineStats:
 
 
 def pack(message: dict[str, Any]) -> bytes:
+    """One frame. ValueError, TypeError or OverflowError for what a frame cannot hold."""
     body: bytes = msgpack.packb(message, use_bin_type=True)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ValueError("a message is too long")
     return LENGTH.pack(len(body)) + body
 
 

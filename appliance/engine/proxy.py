@@ -83,6 +83,8 @@ class EngineProxy(EngineClient):
             await process.close()
             if isinstance(error, asyncio.TimeoutError):
                 raise EngineError(f"the engine did not load within {self._start_timeout_s:.0f} s") from None
+            if isinstance(error, wire.MALFORMED):
+                raise EngineError("the engine process does not speak this protocol") from None
             raise
         self.generation += 1
         self._process = process

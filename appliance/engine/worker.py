@@ -176,6 +176,8 @@ class Worker:
 def load_engine(config: EngineConfig, on_progress: Callable[[float], None]) -> Engine:
     if config.kind not in ENGINES:
         raise EngineError("unknown kind of engine")
+    if config.batch_tokens < config.max_sequences:
+        raise EngineError("engine.batch_tokens is below engine.max_sequences: one batch must hold a token of each")
     engine: Engine = importlib.import_module(ENGINES[config.kind]).create(config, on_progress)
     return engine
 
