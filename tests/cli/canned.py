@@ -76,6 +76,16 @@ STATUS = control.Status(
     ),
 )
 
+LOADING = control.Loading(
+    version="0.1.0",
+    pid=4242,
+    uptime_s=1.5,
+    home="/var/lib/kvctl",
+    base_url="http://127.0.0.1:8080/v1",
+    doing="loading x",
+    fraction=0.43,
+)
+
 STORE = control.StoreOverview(
     model="qwen2.5-0.5b-q8_0",
     kv_mode="rows",

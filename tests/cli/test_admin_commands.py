@@ -58,6 +58,16 @@ def test_status_as_json_is_the_model_itself(kvctl: Kvctl, appliance: FakeApplian
     assert result.err == ""
 
 
+def test_status_while_loading(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    appliance.replies["GET /v1/admin/status"] = (200, canned.LOADING.model_dump())
+    result = kvctl("status")
+    assert result.code == ExitCode.OK
+    assert result.out.startswith("state    loading x (43%) for 1.5 s, pid 4242, version 0.1.0")
+    assert control.Loading.model_validate(kvctl("status", "--json").json) == canned.LOADING
+    asked = kvctl("chat", "Hello")
+    assert (asked.code, asked.complaint) == (ExitCode.API, "the appliance is loading x (43%)")
+
+
 def test_inspect_shows_the_store(kvctl: Kvctl, appliance: FakeAppliance) -> None:
     appliance.replies["GET /v1/admin/store"] = (200, canned.STORE.model_dump())
     lines = kvctl("inspect").out.splitlines()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import readline
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_a_stopped_or_failed_answer_does_not_end_the_conversation(
     assert _asked(talking)[-1] == [{"role": "user", "content": "Three?"}]
 
 
+@pytest.mark.skipif("libedit" in (readline.__doc__ or ""), reason="libedit has no bracketed paste")
 @pytest.mark.parametrize("ended", [b"/quit\r", b"\x04"], ids=["quit", "Ctrl-D"])
 def test_on_a_terminal_pasted_lines_are_one_question(talking: FakeAppliance, ended: bytes) -> None:
     ours, theirs = pty.openpty()

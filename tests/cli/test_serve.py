@@ -9,7 +9,7 @@ import pytest
 
 from appliance import build
 from appliance.api.control import TierStatus
-from appliance.api.serve import StartProgress, StartReady
+from appliance.api.serve import Draining, StartProgress, StartReady
 from appliance.build import ServeOptions
 from appliance.errors import AlreadyRunning
 from kvctl.diagnostics import ExitCode
@@ -123,6 +123,18 @@ def test_the_start_panel_fits_and_leaves_stdout_alone(kvctl: Kvctl, served: list
     ):
         assert part in joined
     assert len(lines) <= 24
+
+
+def test_draining_is_said_on_stderr_alone(kvctl: Kvctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(options: ServeOptions) -> int:
+        options.report(Draining(requests=2))
+        return 0
+
+    monkeypatch.setattr(build, "serve", serve)
+    for typed in ([], ["--json"]):
+        result = kvctl("serve", "--synth", *typed)
+        assert result.code == ExitCode.OK
+        assert result.complaint == "draining: 2 requests running; again to stop at once"
 
 
 def test_json_is_one_event_a_line(kvctl: Kvctl, served: list[ServeOptions]) -> None:
