@@ -142,8 +142,8 @@ def test_a_signal_while_loading_ends_it(tmp_path: Path, number: signal.Signals, 
 def test_a_signal_while_serving_lets_a_running_stream_finish(tmp_path: Path, number: signal.Signals) -> None:
     with appliance(tmp_path) as served:
         tokens = prompt(1, BLOCK * 2)
-        expected = served.complete(tokens, max_tokens=600).text
-        with served.stream(tokens, max_tokens=600) as lines:
+        expected = served.complete(tokens, max_tokens=1000).text
+        with served.stream(tokens, max_tokens=1000) as lines:
             parts = [next(lines)]
             served.signal(number)
             parts += lines

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.appliance import BLOCK, COMPLETION_TOKENS, TOKEN_BYTES, Answer, Appliance, appliance, prompt
+from tests.support.appliance import BLOCK, COMPLETION_TOKENS, TOKEN_BYTES, Answer, Appliance, appliance, prompt, until
 
 POOL_BLOCKS = 16
 
@@ -143,3 +143,16 @@ def test_the_capacity_holds_while_writing_and_at_a_smaller_start(tmp_path: Path)
             assert on_disk() <= 2**20
         served.settle()
         assert on_disk() <= 2**20
+
+
+def test_a_client_that_leaves_ends_the_decoding_but_not_the_cache(served: Appliance) -> None:
+    tokens = prompt(4, BLOCK * 2 + 5)
+    before = served.status().totals.completion_tokens
+    with served.stream(tokens, max_tokens=3000) as lines:
+        next(lines)
+    until(lambda: not served.status().running, "the request ended")
+    assert served.status().totals.completion_tokens - before < 3000
+    served.forget("hbm")
+    warm = served.complete(tokens)
+    assert (warm.cached_tokens, warm.sources["dram"]) == (len(tokens) - 1, len(tokens) - 1)
+    assert warm.text == served.complete(tokens, cache_salt="0" * 32).text
