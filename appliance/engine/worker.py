@@ -91,7 +91,9 @@ class Worker:
     def serve(self) -> None:
         """Load, then compute for as long as the process lives."""
         message = wire.receive(self._connection)
-        if message is None or message["op"] != "load":
+        if message is None:
+            return  # the control process stopped before it asked for anything
+        if message["op"] != "load":
             raise ValueError("the first call is load")
         config = wire.config_from_map(message["config"])
         threading.Thread(target=self._read, name="reader", daemon=True).start()

@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -123,6 +123,34 @@ def test_others_who_can_listen_in_are_warned_of(address: tuple[object, ...], war
     notes = build._exposure(Bound(public, Mock(), Path("admin.sock"), ""))
     assert len(notes) == warned
     assert all("TLS proxy" in note and "ssh -L 80:" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda key: key.write_bytes(bytes(32)), "wrong key: "),
+        (lambda key: key.write_bytes(b"short"), "must hold exactly 32 bytes"),
+        (lambda key: key.chmod(0o644), "run: chmod 600 "),
+        (lambda key: key.unlink(), "cannot read the key file "),
+    ],
+    ids=["wrong", "short", "loose", "gone"],
+)
+def test_a_key_file_that_does_not_unlock_has_its_own_code(
+    kvctl: Kvctl, home: Path, spoil: Callable[[Path], object], complaint: str
+) -> None:
+    spoil(init(home).key_file)
+    result = kvctl("serve", "--synth")
+    assert result.code == ExitCode.KEYRING
+    assert complaint in result.complaint
+
+
+def test_a_port_in_use(kvctl: Kvctl, home: Path) -> None:
+    init(home)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = kvctl("serve", "--set", "engine.kind=null", "--port", str(port))
+    assert result.code == ExitCode.FAILURE
+    assert result.complaint == f"port {port} on 127.0.0.1 is in use; choose another with --port"
 
 
 async def test_what_was_learned_of_one_model_outlives_another(tmp_path: Path) -> None:

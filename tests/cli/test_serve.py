@@ -93,6 +93,9 @@ def test_without_a_model_it_says_how_to_get_one(kvctl: Kvctl, served: list[Serve
     [
         (["--model", "a", "--synth"], "--model and --synth exclude each other"),
         (["--synth", "--set", "tiers.dram.capcity=1GiB"], 'did you mean "tiers.dram.capacity"?'),
+        (["--synth", "--set", "engine.context_tokens=many"], "engine.context_tokens: should be a valid integer"),
+        (["--synth", "--set", "tiers.dram.capacity=lots"], '"lots" is not a size; write it like "64GiB"'),
+        (["--synth", "--set", "server=9"], '"server" is a section; set one of its keys: server.host, server.port'),
         (["--synth", "--profile", "lptop-cpu"], 'did you mean "laptop-cpu"?'),
         (["--synth", "--port", "65536"], "--port"),
     ],
