@@ -78,7 +78,9 @@ class EngineProcess:
         return self._next_call
 
     def subscribe(self, request: str) -> RunQueue:
-        """Events of this request from now on."""
+        """Events of this request from now on, for one listener."""
+        if request in self._runs:
+            raise EngineError("the request runs already")
         events: RunQueue = asyncio.Queue()
         self._runs[request] = events
         return events

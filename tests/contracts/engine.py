@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,8 @@ class Conformance(ABC):
         """Positive control: without it, equal completions would prove nothing."""
         sizes = [self.block] * 3 + [self.block // 2]
         tokens, other = (prompt(sum(sizes) + 5, seed=seed) for seed in (1, 2))
-        good, bad = [], []
+        good: list[bytearray] = []
+        bad: list[bytearray] = []
         for seq, which, payloads in ((0, tokens, good), (1, other, bad)):
             prefill(engine, seq, which)
             payloads += export(engine, seq, 0, sizes)
@@ -296,7 +298,8 @@ class Conformance(ABC):
     def test_penalties_forbid_repetition_also_of_the_prompt(self, engine: Engine, penalty: str) -> None:
         seen = set(prompt(40).ids())
         assert set(self.sample(engine, greedy(), prompt(40), 30)) & seen, "or the test proves nothing"
-        chosen = self.sample(engine, greedy(**{penalty: 1000.0}), prompt(40), 20)
+        strong: dict[str, Any] = {penalty: 1000.0}
+        chosen = self.sample(engine, greedy(**strong), prompt(40), 20)
         assert len(set(chosen)) == len(chosen)
         assert not set(chosen) & seen
 

@@ -142,6 +142,21 @@ def nested(depth: int) -> object:
     return [nested(depth - 1)] if depth else "x"
 
 
+async def test_a_second_run_is_refused_and_the_first_goes_on(engine: EngineProxy) -> None:
+    await engine.begin("r", NS, prompt(10), 200)
+    found: list[int] = []
+    async for event in engine.run("r", greedy(200)):
+        if isinstance(event, NewTokens):
+            found += event.tokens
+        if len(found) == 3:
+            with pytest.raises(EngineError):
+                await anext(engine.run("r", greedy(1)))
+    assert found == reference(prompt(10), 200)
+    with pytest.raises(EngineError):
+        await anext(engine.run("r", greedy(1)))
+    await engine.release("r")
+
+
 @pytest.mark.parametrize("content", ["\ud800", 2**70, nested(600), "x" * (MAX_MESSAGE_BYTES + 1)], ids=lambda _: "")
 async def test_what_cannot_be_sent_is_the_requests_fault(engine: EngineProxy, content: object) -> None:
     pid = engine.pid
@@ -327,21 +342,18 @@ def worker() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
 
 
 Worker = tuple[subprocess.Popen[bytes], socket.socket]
+BEGIN = pack({"op": "begin", "call": 2, "request": "r", "ns": NS, "tokens": prompt(10).data, "reserve_tokens": ENDLESS})
+
+
+def run_frame(**sampling: object) -> bytes:
+    return pack({"op": "run", "call": 3, "request": "r", "sampling": {**vars(greedy(ENDLESS)), **sampling}})
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_the_process_lives_as_long_as_its_socket(worker: Worker, busy: bool) -> None:
     process, ours = worker
     if busy:
-        begin = {
-            "op": "begin",
-            "call": 2,
-            "request": "r",
-            "ns": NS,
-            "tokens": prompt(10).data,
-            "reserve_tokens": ENDLESS,
-        }
-        ours.sendall(pack(begin) + pack({"op": "run", "call": 3, "request": "r", "sampling": vars(greedy(ENDLESS))}))
+        ours.sendall(BEGIN + run_frame())
         while "event" not in (receive(ours) or {}):
             pass
     ours.close()
@@ -357,6 +369,7 @@ def test_the_process_lives_as_long_as_its_socket(worker: Worker, busy: bool) -> 
         pytest.param(pack({"op": "stats"}), id="a call without a number"),
         pytest.param(pack({"op": "begin", "call": 2, "request": "r"}), id="half a call"),
         pytest.param(pack({"op": "detokenize", "call": 2, "tokens": b"odd"}), id="half a token"),
+        pytest.param(BEGIN + run_frame(temperature="hot"), id="a setting that only computing finds wrong"),
     ],
 )
 def test_a_peer_that_breaks_the_protocol_ends_the_process(worker: Worker, frame: bytes) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from appliance.engine.base import KVMode, Row
 from appliance.engine.client import Done, Prefilled
 from appliance.engine.request import Failed
 from appliance.engine.transfer import SHARED_SLICE_BLOCKS
@@ -90,6 +95,35 @@ def test_a_row_that_fails_fails_only_its_request() -> None:
     bench.start("again", prompt(10, 1), 8)
     bench.settle()
     assert bench.tokens("again") == reference(prompt(10, 1), 8)
+
+
+def test_begin_and_stats_never_wait_for_a_decode() -> None:
+    bench = Bench()
+    bench.start("computes", prompt(30), 3)
+    computing, proceed = threading.Event(), threading.Event()
+
+    def slow(_row: Row) -> bool:
+        computing.set()
+        assert proceed.wait(60)
+        return False
+
+    bench.engine.refuses = slow
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            step = threads.submit(bench.settle)
+            assert computing.wait(60)
+            assert threads.submit(bench.begin, "other", prompt(30)).result(30) == 0
+            assert threads.submit(bench.roster.stats).result(30).requests_running == 1
+            cancelled = threads.submit(bench.scheduler.cancel, "computes").result(30)
+            assert not cancelled.done(), "a command is taken between steps"
+            assert not step.done()
+        finally:
+            proceed.set()
+        step.result(60)
+    cancelled.result(timeout=0)
+    end = bench.end("computes")
+    assert isinstance(end, Done)
+    assert end.reason is FinishReason.CANCELLED
 
 
 # --- sampling and ends ----------------------------------------------------------------------------------------------
@@ -261,6 +295,18 @@ def test_namespaces_share_nothing() -> None:
     bench.settle()
     assert bench.begin("same", prompt(40)) == 40
     assert bench.begin("other", prompt(40), ns=b"another") == 0
+
+
+def test_a_state_that_cannot_be_sliced_is_never_shared() -> None:
+    bench = Bench(kv_mode=KVMode.NONE)
+    for request in ("first", "second"):
+        assert bench.begin(request, prompt(40)) == 0
+        bench.run(request, 5)
+        bench.settle()
+        assert bench.tokens(request) == reference(prompt(40), 5)
+        bench.release(request)
+        bench.settle()
+        assert bench.roster.stats().cells_used == 0
 
 
 # --- restore and export ---------------------------------------------------------------------------------------------
@@ -473,9 +519,9 @@ def exporting(bench: Bench) -> None:
 
 @pytest.mark.parametrize("stage", [queued, restoring, prefilling, decoding, exporting])
 @pytest.mark.parametrize("how", ["cancel", "release"])
-def test_a_request_can_be_given_up_at_any_stage(stage: object, how: str) -> None:
+def test_a_request_can_be_given_up_at_any_stage(stage: Callable[[Bench], None], how: str) -> None:
     bench = Bench()
-    stage(bench)  # type: ignore[operator]
+    stage(bench)
     getattr(bench.scheduler, how)("r")
     bench.step()
     end = bench.end("r")

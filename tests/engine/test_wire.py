@@ -157,7 +157,7 @@ def test_a_field_of_any_other_value_is_an_error_of_its_kind(
     decode, message = good
     name = data.draw(st.sampled_from(sorted(message)) | st.text(max_size=8))
     value = data.draw(VALUES)
-    with suppress(wire.MALFORMED):
+    with suppress(*wire.MALFORMED):
         decode(sent({**message, name: value}))
 
 

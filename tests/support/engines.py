@@ -49,7 +49,8 @@ def greedy(max_tokens: int = 1, **changes: Any) -> SamplingParams:
 
 
 def logits(engine: Engine, row: int = 0) -> NDArray[np.float32]:
-    return np.frombuffer(engine.logits(row), np.float32).copy()
+    found: NDArray[np.float32] = np.frombuffer(engine.logits(row), np.float32).copy()
+    return found
 
 
 def prefill(engine: Engine, seq: int, tokens: Tokens, start: int = 0, batch: int = 64) -> NDArray[np.float32]:
@@ -71,7 +72,8 @@ def restore(
 ) -> None:
     """Whole blocks, the last of them in part if `use` says so."""
     uses = [*sizes[:-1], use or sizes[-1]]
-    engine.restore(seq, start, list(zip(sizes, uses, map(memoryview, payloads), strict=True)))
+    blocks = zip(sizes, uses, payloads, strict=True)
+    engine.restore(seq, start, [(n, use, memoryview(payload)) for n, use, payload in blocks])
 
 
 def complete(engine: Engine, seq: int, at: int, n_tokens: int = 24, params: SamplingParams | None = None) -> list[int]:

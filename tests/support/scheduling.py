@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
-from appliance.engine.base import EngineConfig, Row
+from appliance.engine.base import EngineConfig, KVMode, Row
 from appliance.engine.client import Done, Event, NewTokens
 from appliance.engine.null import NullEngine
 from appliance.engine.request import Failed
@@ -38,9 +39,10 @@ class SpiedEngine(NullEngine):
 
 
 class Bench:
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, kv_mode: KVMode = KVMode.ROWS, **config: Any) -> None:
         settings = null_config(**config)
         self.engine = SpiedEngine(settings)
+        self.engine.info = replace(self.engine.info, kv_mode=kv_mode)
         self.slots: dict[int, bytearray] = {}
         self.events: dict[str, list[Event | Failed]] = defaultdict(list)
         self.roster = Roster(
