@@ -67,7 +67,7 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGTERM or SIGINT. Errors of the tree in errors.py before it is ready.
+    """Serve until SIGTERM, SIGINT or SIGHUP. Errors of the tree in errors.py before it is ready.
 
     Returns 0 after an orderly stop; INTERRUPTED if a second signal cut it short, or SIGINT came before it was ready.
     """

@@ -14,14 +14,15 @@ T = TypeVar("T")
 
 
 class Signals:
-    """SIGTERM and SIGINT: the first asks for an orderly stop, the next for a quick one."""
+    """SIGTERM, SIGINT, SIGHUP: the first asks for an orderly stop, the next for a quick one."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.again = asyncio.Event()
         self.first: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._hear, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                asyncio.get_running_loop().add_signal_handler(number, self._hear, number)
 
     def _hear(self, number: signal.Signals) -> None:
         if self.first is None:

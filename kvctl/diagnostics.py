@@ -93,7 +93,7 @@ def say(line: str) -> None:
     try:
         sys.stderr.write(f"kvctl: {line}\n")
         sys.stderr.flush()
-    except BrokenPipeError:
+    except OSError:  # a closed pipe, or a terminal that is gone
         mute(sys.stderr.fileno())
 
 

@@ -62,7 +62,10 @@ def test_the_second_signal_cuts_it_short_and_keeps_what_was_computed(served: App
     assert served.complete(asked).sources["nvme"] == 2 * BLOCK - 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.OK), (signal.SIGINT, ExitCode.INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, ExitCode.OK), (signal.SIGHUP, ExitCode.OK), (signal.SIGINT, ExitCode.INTERRUPTED)],
+)
 def test_a_signal_while_loading_ends_it_quietly(tmp_path: Path, number: signal.Signals, code: ExitCode) -> None:
     init(tmp_path)
     command = [*KVCTL, "--home", str(tmp_path), "serve", "--json", *arguments({}, tiny_model())]
