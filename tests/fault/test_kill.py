@@ -19,7 +19,7 @@ from tests.support.appliance import BLOCK, COMPLETION_TOKENS, Appliance, applian
 
 ROUNDS = 10
 CALLERS = 4
-PROMPT_TOKENS = BLOCK * 15 + 11
+PROMPT_TOKENS = BLOCK * 8 + 11
 PROMPTS = [prompt(number, PROMPT_TOKENS) for number in range(ROUNDS * CALLERS)]
 KEPT = prompt(94, PROMPT_TOKENS)
 """Durable before the first kill."""

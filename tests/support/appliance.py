@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.api.control import Status, TierStatus
@@ -262,3 +263,10 @@ def appliance(
             yield running
         finally:
             running.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
+    """One appliance for all tests of a module: each uses prompts of its own."""
+    with appliance(tmp_path_factory.mktemp("home")) as running:
+        yield running
