@@ -28,7 +28,7 @@ class Signals:
         if self.first is None:
             self.first = number
             self.stop.set()
-        else:
+        elif number is not signal.SIGHUP:  # a terminal that goes away may tell it twice
             self.again.set()
 
 

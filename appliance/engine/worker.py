@@ -185,12 +185,13 @@ def load_engine(config: EngineConfig, on_progress: Callable[[float], None]) -> E
 
 
 def confine() -> None:
-    """No core dump, no debugger, no life after the parent, and Ctrl-C is the control process's to handle."""
+    """No core dump, no debugger, no life after the parent; Ctrl-C and a hang-up are the control process's to handle."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main() -> None:
