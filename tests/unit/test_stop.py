@@ -64,8 +64,8 @@ async def test_work_that_is_done_first_gives_its_result() -> None:
         return 7
 
     async def failing() -> None:
-        raise ValueError
+        raise ZeroDivisionError
 
     assert await unless(asyncio.Event(), work()) == 7
-    with pytest.raises(ValueError):
+    with pytest.raises(ZeroDivisionError):
         await unless(asyncio.Event(), failing())
