@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
 from appliance.engine.client import Done, Prefilled
-from appliance.engine.request import Request
+from appliance.engine.request import Failed, Request
 from appliance.errors import EngineError
 from appliance.types import FinishReason, Tokens
 from tests.support.engines import export, null_engine, prefill, prompt
@@ -32,6 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.begun: dict[str, Request] = {}
         self.ran: set[str] = set()
+        self.failed: set[str] = set()
         self.replies: list[Future[Any]] = []
         self.exports: list[tuple[Future[None], str, list[tuple[int, int, int]]]] = []
 
@@ -89,6 +90,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(n_steps):
             self.bench.step()
 
+    @rule(name=known)
+    def fail(self, name: str) -> None:
+        """The engine refuses every row of this request for one step."""
+        sequence = self.begun[name].sequence
+        if sequence and not self.begun[name].ended:
+            self.failed.add(name)
+            self.bench.engine.refuses = lambda row: row.seq == sequence.id
+            self.bench.step()
+            self.bench.engine.refuses = lambda row: False
+
     @rule()
     def evict(self) -> None:
         self.replies.append(self.bench.scheduler.evict())
@@ -108,8 +119,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, request in self.begun.items():
             end = bench.end(name)
             assert (end is not None) is (name in self.ran)
-            if end is not None:
-                assert isinstance(end, Done), "nothing here can fail"
+            if isinstance(end, Failed):
+                assert name in self.failed
+            elif end:
                 self.check_tokens(name, request, end)
         stats = bench.roster.stats()
         assert (stats.requests_running, stats.requests_waiting, stats.cells_pinned) == (0, 0, 0)
