@@ -12,6 +12,7 @@ KvctlError
 │   ├── NotRunning        no appliance answers on this home
 │   └── KeyringError      the keyring cannot be opened (wrong key, damaged, loose file mode)
 ├── Overloaded            queue or drain: 429/503 with retry_after_s
+├── StoreBusy             write-behind is at its bound and does not move: what was computed is not stored
 ├── EngineError           the engine refused or died
 │   ├── EngineDied        the engine process is gone; in-flight requests fail with 503
 │   └── RestoreError      blocks could not be put into cells; the request recomputes
@@ -22,6 +23,10 @@ KvctlError
 """
 
 from __future__ import annotations
+
+import traceback
+
+_FRAMES = 8
 
 
 class KvctlError(Exception):
@@ -75,6 +80,9 @@ class Overloaded(KvctlError):
         self.status = status
 
 
+class StoreBusy(KvctlError): ...
+
+
 class EngineError(KvctlError): ...
 
 
@@ -102,3 +110,9 @@ class TierIO(TierError):
     def __init__(self, message: str, *, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+def frames_of(error: BaseException) -> str:
+    """Type and innermost frames, for the log: the message of an error that is not ours may hold content."""
+    frames = traceback.extract_tb(error.__traceback__)[: -_FRAMES - 1 : -1]
+    return f"{type(error).__name__} at {' < '.join(f'{frame.filename}:{frame.lineno}' for frame in frames)}"

@@ -1,7 +1,8 @@
 """One request, from its first look-up to the release of its cells (ARCHITECTURE.md, request steps 3 to 9).
 
 Invariant: what begin() pinned in the engine is released, every staged run is unpinned and every reservation is committed
-or aborted, whichever way the request ends. Threading: event loop only.
+or aborted, whichever way the request ends, and never while the engine may still read or write their slots. Threading:
+event loop only.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from appliance.engine.client import Done, EngineClient, NewTokens, Prefilled
-from appliance.errors import EngineDied, EngineError, RestoreError
+from appliance.errors import EngineDied, EngineError, Overloaded, RestoreError, StoreBusy
 from appliance.kv.base import Hit, KVStore, Staged
 from appliance.plan.cost import CostModel
 from appliance.plan.planner import Decision, Piece, decide
 from appliance.types import FinishReason, Namespace, SamplingParams, Tier, TokenLogprob, Tokens, TokensBySource
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 EXPORT_RUN = 16
 """Blocks per export call: bounds the slots one request holds while they fill."""
@@ -63,6 +66,8 @@ class Finished:
     sources: TokensBySource
     timings: Timings
     decision: Decision
+    loaded_bytes: int
+    """KV bytes restored from lower tiers."""
 
 
 @dataclass
@@ -89,6 +94,7 @@ class RequestRun:
         self._cost = cost
         self._created_s = time.perf_counter()
         self._admitted_s = self._created_s
+        self._begun = False
         self._loaded = Loaded(0)
         self._decision: Decision | None = None
         self._prompt_export: asyncio.Task[None] | None = None
@@ -99,26 +105,41 @@ class RequestRun:
     def _id(self) -> str:
         return self.request.request_id
 
+    @property
+    def begun(self) -> bool:
+        """Whether an engine process has seen it."""
+        return self._begun
+
     async def admit(self) -> None:
-        """Pin what is resident and wait until the engine has cells for the whole request."""
+        """Pin what is resident and wait until the engine has cells for the whole request. Overloaded if cancelled there."""
         request = self.request
         root = self._store.root(request.ns)
         reserve_tokens = max(request.sampling.max_tokens, 1)
         await self._engine.begin(self._id, root, request.prompt, reserve_tokens)
-        present = await self._engine.restore(self._id, 0, ())
+        self._begun = True
+        try:
+            present = await self._engine.restore(self._id, 0, ())
+        except RestoreError:
+            raise Overloaded("cancelled while it waited for room", retry_after_s=2, status=503) from None
         self._admitted_s = time.perf_counter()
         self._loaded = Loaded(present, {Tier.HBM: present})
 
-    async def load(self) -> Loaded:
-        """Stage and restore what the planner chose. A tier or restore failure only means more to compute."""
+    async def load(self, alone: Callable[[], bool]) -> None:
+        """Stage and restore what the planner chose. A tier or restore failure only means more to compute.
+
+        `alone` says whether no other request runs: else the time it took says nothing about the tier.
+        """
         request, loaded = self.request, self._loaded
+        was_alone = alone()
         hits = self._store.lookup(request.ns, request.prompt).hits
         self._decision = decide(len(request.prompt), loaded.present, pieces_of(hits), self._cost)
         wanted = [
             hit for hit in hits if hit.start + hit.use_tokens > loaded.present and hit.start < self._decision.load_to
         ]
+        for tier in {hit.tier for hit in hits if hit.start >= max(self._decision.load_to, loaded.present)}:
+            self._cost.passed_over(tier)
         if not wanted:
-            return loaded
+            return
         started_s = time.perf_counter()
         async with aclosing(self._store.stage(request.ns, request.prompt, wanted)) as runs:
             async for staged in runs:
@@ -126,15 +147,14 @@ class RequestRun:
                     break
         loaded.seconds = time.perf_counter() - started_s
         tiers = {hit.tier for hit in wanted}
-        if len(tiers) == 1 and loaded.nbytes:
+        if len(tiers) == 1 and loaded.nbytes and was_alone and alone():
             self._cost.saw_load(tiers.pop(), loaded.nbytes, loaded.seconds)
-        return loaded
 
     async def _restore(self, staged: Staged) -> bool:
         loaded = self._loaded
         try:
             blocks = [(slot, hit.n_tokens, hit.use_tokens) for slot, hit in zip(staged.slots, staged.hits, strict=True)]
-            present = await self._engine.restore(self._id, staged.hits[0].start, blocks)
+            present = await _answered(self._engine.restore(self._id, staged.hits[0].start, blocks))
         except RestoreError as error:
             log.warning("restore failed, computing instead: %s", error)
             return False
@@ -149,7 +169,7 @@ class RequestRun:
         return True
 
     async def generate(self, emit: Callable[[Chunk | Finished], None], alone: Callable[[], bool]) -> None:
-        """Run to the last token. `alone` says whether the timings are this request's only: else they teach nothing."""
+        """Run to the last token. `alone` as for load()."""
         request = self.request
         was_alone = alone()
         first_s: float | None = None
@@ -202,7 +222,7 @@ class RequestRun:
             predicted_ms=done.decode_s * 1e3,
             ttft_ms=(first_s - self._created_s) * 1e3,
         )
-        return Finished(done.reason, done.completion_tokens, sources, timings, self._decision)
+        return Finished(done.reason, done.completion_tokens, sources, timings, self._decision, loaded.nbytes)
 
     async def write_behind(self, *, completions: bool) -> None:
         """Export what is new. The caller's answer was complete before this began."""
@@ -217,13 +237,18 @@ class RequestRun:
     async def _export(self, tokens: Tokens) -> None:
         missing = self._store.missing(self.request.ns, tokens)
         while missing:
-            reserved = await self._store.reserve(self.request.ns, missing[:EXPORT_RUN])
+            try:
+                reserved = await self._store.reserve(self.request.ns, missing[:EXPORT_RUN])
+            except StoreBusy as error:
+                log.warning("%d blocks are not stored: %s", len(missing), error)
+                return
             if not reserved:  # others store all of these
                 missing = missing[EXPORT_RUN:]
                 continue
             missing = missing[missing.index(reserved[-1].new) + 1 :]
             try:
-                await self._engine.export(self._id, [(r.new.start, len(r.new.tokens), r.slot) for r in reserved])
+                blocks = [(r.new.start, len(r.new.tokens), r.slot) for r in reserved]
+                await _answered(self._engine.export(self._id, blocks))
             except EngineError as error:
                 self._store.abort(reserved)
                 log.warning("export failed, %d blocks are not stored: %s", len(reserved) + len(missing), error)
@@ -234,9 +259,25 @@ class RequestRun:
             self._store.commit(reserved)
 
     async def release(self) -> None:
-        if self._prompt_export is not None and not self._prompt_export.done():
-            self._prompt_export.cancel()
+        """The engine first: it answers what it is still exporting."""
+        try:
+            with suppress(EngineDied):
+                await self._engine.release(self._id)
+        finally:
+            if self._prompt_export is not None:
+                self._prompt_export.cancel()
+                await asyncio.gather(self._prompt_export, return_exceptions=True)
+
+
+async def _answered(call: Coroutine[Any, Any, T]) -> T:
+    """An engine call that moves bytes of slots: a cancellation takes effect when the engine has answered."""
+    task = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
             with suppress(asyncio.CancelledError):
-                await self._prompt_export
-        with suppress(EngineDied):
-            await self._engine.release(self._id)
+                await asyncio.wait({task})
+        with suppress(EngineError):
+            task.result()
+        raise

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from appliance.engine.client import EngineClient
-from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, RequestError
+from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, RequestError, frames_of
 from appliance.kv.base import KVStore, Lookup
 from appliance.plan.cost import CostModel
 from appliance.plan.planner import decide
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CRASHES_TO_QUARANTINE = 2
 QUARANTINE_ENTRIES = 1024
@@ -97,7 +99,8 @@ class Runtime:
         self.totals = Totals()
         self._limits = limits
         self._slots = asyncio.Semaphore(limits.max_running)
-        self._waiting = 0
+        self._queue: set[str] = set()
+        """Requests without a slot yet; a new one is here before anybody else can look."""
         self._running = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._live: dict[str, asyncio.Task[None]] = {}
@@ -111,7 +114,7 @@ class Runtime:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return len(self._queue)
 
     @property
     def draining(self) -> bool:
@@ -120,10 +123,10 @@ class Runtime:
     # --- text --------------------------------------------------------------------------------------------------
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> Tokens:
-        return await self.engine.tokenize(text, add_special=add_special)
+        return await self._guarded(text.encode(), self.engine.tokenize(text, add_special=add_special))
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
-        return await self.engine.render(messages, tools)
+        return await self._guarded(json.dumps([messages, tools]).encode(), self.engine.render(messages, tools))
 
     async def detokenize(self, tokens: Tokens) -> str:
         return await self.engine.detokenize(tokens)
@@ -136,6 +139,7 @@ class Runtime:
         Raises RequestError, Overloaded or EngineError, at the first step or between events.
         """
         digest = self._admissible(request)
+        self._queue.add(request.request_id)
         events: asyncio.Queue[Chunk | Finished | KvctlError] = asyncio.Queue()
         task = self._spawn(self._drive(request, digest, events.put_nowait))
         self._live[request.request_id] = task
@@ -155,13 +159,9 @@ class Runtime:
     def _admissible(self, request: GenerateRequest) -> bytes:
         if self._draining:
             raise Overloaded("the appliance is stopping", retry_after_s=10, status=503)
-        if self._slots.locked() and self._waiting >= self._limits.max_queue:
-            raise Overloaded(f"{self._waiting} requests are waiting already; try again later", retry_after_s=2)
-        root = self.store.root(request.ns)
-        digest = hashlib.blake2b(root + request.prompt.data, key=self._crash_key, digest_size=16).digest()
-        if self._crashes.get(digest, 0) >= CRASHES_TO_QUARANTINE:
-            raise RequestError("this request crashed the engine twice and is refused", code="quarantined", status=422)
-        return digest
+        if self._running + len(self._queue) >= self._limits.max_running + self._limits.max_queue:
+            raise Overloaded(f"{len(self._queue)} requests are waiting already; try again later", retry_after_s=2)
+        return self._not_quarantined(self.store.root(request.ns) + request.prompt.data)
 
     async def _drive(
         self, request: GenerateRequest, digest: bytes, emit: Callable[[Chunk | Finished | KvctlError], None]
@@ -173,7 +173,7 @@ class Runtime:
         def answer(event: Chunk | Finished | KvctlError) -> None:
             nonlocal answered
             answered = answered or not isinstance(event, Chunk)
-            if isinstance(event, Finished):
+            if isinstance(event, Finished) and request.sampling.max_tokens:
                 self.totals.add(len(request.prompt), event)
             emit(event)
 
@@ -181,40 +181,64 @@ class Runtime:
             await self._answer(run, answer)
             await run.write_behind(completions=self._limits.store_completions)
         except KvctlError as error:
-            if isinstance(error, EngineDied) and not answered:
+            if isinstance(error, EngineDied) and run.begun and not answered:
                 self._count_crash(digest)
             if not answered:
                 answer(error)
             else:
                 log.warning("after the answer: %s", error)
-        except Exception:
-            log.exception("request failed")  # a bug of ours: the traceback holds no content
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not leave a client waiting
+            log.error("request failed: %s", frames_of(error))
             if not answered:
                 answer(EngineError("internal error"))
         finally:
             await run.release()
 
     async def _answer(self, run: RequestRun, emit: Callable[[Chunk | Finished], None]) -> None:
-        self._waiting += 1
+        def alone() -> bool:
+            return self._running == 1
+
         try:
             await self._slots.acquire()
         finally:
-            self._waiting -= 1
+            self._queue.discard(run.request.request_id)
         self._running += 1
         try:
             await run.admit()
-            await run.load()
-            await run.generate(emit, lambda: self._running == 1)
+            await run.load(alone)
+            await run.generate(emit, alone)
         finally:
             self._running -= 1
             self._slots.release()
 
     async def _cancel(self, request_id: str, task: asyncio.Task[None]) -> None:
-        """Stop decoding and let the task export what was computed. Repeated: the request may still be in the queue."""
+        """Leave the queue; or stop decoding and let the task export what was computed. Repeated: the engine may not know it yet."""
+        if request_id in self._queue:
+            task.cancel()
         while not task.done():
             with suppress(EngineError):
                 await self.engine.cancel(request_id)
             await asyncio.wait({task}, timeout=0.25)
+
+    async def _guarded(self, content: bytes, call: Coroutine[Any, Any, T]) -> T:
+        """A text call whose input is quarantined like a request."""
+        try:
+            digest = self._not_quarantined(content)
+        except RequestError:
+            call.close()
+            raise
+        try:
+            return await call
+        except EngineDied:
+            self._count_crash(digest)
+            raise
+
+    def _not_quarantined(self, content: bytes) -> bytes:
+        """The content's keyed digest. RequestError if it crashed the engine before."""
+        digest = hashlib.blake2b(content, key=self._crash_key, digest_size=16).digest()
+        if self._crashes.get(digest, 0) >= CRASHES_TO_QUARANTINE:
+            raise RequestError("this request crashed the engine twice and is refused", code="quarantined", status=422)
+        return digest
 
     def _count_crash(self, digest: bytes) -> None:
         if len(self._crashes) >= QUARANTINE_ENTRIES:
@@ -244,8 +268,11 @@ class Runtime:
 
     async def _where(self, ns: Namespace, tokens: Tokens) -> tuple[int, Lookup]:
         probe = f"probe-{os.urandom(8).hex()}"
-        resident = await self.engine.begin(probe, self.store.root(ns), tokens, 0)
-        await self.engine.release(probe)
+        try:
+            resident = await self.engine.begin(probe, self.store.root(ns), tokens, 0)
+        finally:
+            with suppress(EngineDied):
+                await self.engine.release(probe)
         return resident, self.store.lookup(ns, tokens)
 
     async def prefetch(self, ns: Namespace, tokens: Tokens, *, to: Tier, compute: bool) -> AsyncIterator[PrefetchStep]:
@@ -264,19 +291,13 @@ class Runtime:
                     moved_tokens += sum(hit.use_tokens for hit in staged.hits)
                     moved_bytes += staged.nbytes
                     yield PrefetchStep(found, moved_tokens, 0, moved_bytes, done=False)
-        request = GenerateRequest(f"prefetch-{os.urandom(8).hex()}", ns, tokens, SamplingParams(max_tokens=0))
-        if compute and rest:
+        part = tokens if compute else tokens[: len(tokens) - rest]
+        if part and (to is Tier.HBM or (compute and rest)):
+            request = GenerateRequest(f"prefetch-{os.urandom(8).hex()}", ns, part, SamplingParams(max_tokens=0))
             async for event in self.generate(request):
                 if isinstance(event, Finished):
-                    computed = event.sources.computed
-        elif to is Tier.HBM:
-            run = RequestRun(self.engine, self.store, self.cost, request)
-            try:
-                await run.admit()
-                loaded = await run.load()
-            finally:
-                await run.release()
-            moved_tokens, moved_bytes = loaded.present - resident, loaded.nbytes
+                    computed, moved_bytes = event.sources.computed, moved_bytes + event.loaded_bytes
+                    moved_tokens += event.sources.dram + event.sources.nvme + event.sources.remote
         yield PrefetchStep(found, moved_tokens, computed, moved_bytes, done=True)
 
     async def evict(self, tier: Tier) -> int:

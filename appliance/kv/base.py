@@ -135,7 +135,7 @@ class KVStore(ABC):
 
         Keeps the order, and may give fewer: a block that another request stored or is storing meanwhile is left out, and
         a pool too small for all of them gives the first ones. Commit those, then ask missing() again. Empty only if
-        nothing is left to store.
+        nothing is left to store. StoreBusy if nothing moves for a while: the caller holds cells that others may wait for.
         """
 
     @abstractmethod

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from appliance.api.control import VerifyProgress
+from appliance.errors import StoreBusy
 from appliance.kv.base import Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
 from appliance.kv.find import Finder
@@ -37,6 +38,9 @@ COUNTED = (
     'store_bytes_total{tier="nvme"}',
 )
 """Shown before anything was counted, so that a rate sees the first one."""
+
+PATIENCE_S = 10.0
+"""A medium slower than this hangs."""
 
 
 class TieredStore(KVStore):
@@ -134,7 +138,7 @@ class TieredStore(KVStore):
                     while not self._finder.holds(new) and not self._room_for(new):
                         if reserved and not (self._writer and self._writer.pending_blocks):
                             return reserved  # only what this call or a pin holds is in the way
-                        await self._dram.change()
+                        await self._patiently()
                     if not self._finder.holds(new):
                         state, now_us = SlotState.RESERVED, self._now_us()
                         entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
@@ -144,6 +148,14 @@ class TieredStore(KVStore):
             self.abort(reserved)
             raise
         return reserved
+
+    async def _patiently(self) -> None:
+        """Wait for a change of slots. Patience counts from the last one, so it is not spent by each waiter anew."""
+        try:
+            await asyncio.wait_for(self._dram.change(), max(0.0, PATIENCE_S - self._dram.unchanged_s))
+        except asyncio.TimeoutError:
+            self._counts["store_busy_total"] += 1
+            raise StoreBusy(f"write-behind has not moved for {PATIENCE_S:.0f} s") from None
 
     def commit(self, reservations: Sequence[Reservation]) -> None:
         for entry in self._ended(reservations):

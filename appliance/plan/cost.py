@@ -22,6 +22,8 @@ from appliance.types import Tier
 FORGET = 0.98
 """Weight of the past at each observation: about the last 50 count."""
 RATE_SMOOTHING = 0.2
+FORGIVE = 1.1
+"""A tier that was not worth loading from is thought faster by this each time, until it is tried again."""
 MIN_RATE_BYTES = 1 << 20
 """Smaller loads say more about latency than about rate."""
 
@@ -95,6 +97,11 @@ class CostModel:
         rate = nbytes / seconds
         known = self.rates.get(tier)
         self.rates[tier] = rate if known is None else known + RATE_SMOOTHING * (rate - known)
+
+    def passed_over(self, tier: Tier) -> None:
+        """Its blocks were computed instead, so it could not show what it can do today."""
+        if tier in self.rates:
+            self.rates[tier] *= FORGIVE
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -19,12 +18,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from appliance.errors import EngineDied, KvctlError, Overloaded, RequestError, StateError, UsageError
+from appliance.errors import EngineDied, KvctlError, Overloaded, RequestError, StateError, UsageError, frames_of
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_ENGINE_S = 2
-LOGGED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,7 @@ def describe(error: Exception, request_id: str) -> ApiError:
         return ApiError(500, str(error))
     if isinstance(error, HTTPException):
         return _http(error)
-    frames = " < ".join(
-        f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[: -LOGGED_FRAMES - 1 : -1]
-    )
-    log.error("request %s: %s at %s", request_id, type(error).__name__, frames)
+    log.error("request %s: %s", request_id, frames_of(error))
     return ApiError(500, f"internal error; the log has more under request id {request_id}", code="internal_error")
 
 

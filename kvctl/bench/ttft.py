@@ -17,6 +17,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from appliance.api.control import Status
+from appliance.errors import KvctlError
 from kvctl.child import Child, throwaway_home
 from kvctl.client import AdminClient, Answer, PublicClient
 from kvctl.output import Steps
@@ -88,7 +90,7 @@ def run(options: Options) -> TtftReport:
         try:
             with _appliance(home, options) as child:
                 contexts = [_context(child, tokens, options, probe.read_bytes_per_s) for tokens in options.contexts]
-                status = AdminClient(home).status()
+                status = _status(home)
         finally:
             probe.close()
     return TtftReport(
@@ -119,7 +121,7 @@ def _appliance(home: Path, options: Options) -> Iterator[Child]:
     started = child(2 * GIB, 16 * GIB)
     with started:
         started.start()
-        needed = AdminClient(home).status().engine.kv_bytes_per_token * sum(options.contexts) * 5 // 4
+        needed = _status(home).engine.kv_bytes_per_token * sum(options.contexts) * 5 // 4
         if needed <= 2 * GIB:
             yield started
             return
@@ -128,14 +130,27 @@ def _appliance(home: Path, options: Options) -> Iterator[Child]:
         yield larger
 
 
+def _status(home: Path) -> Status:
+    with AdminClient(home) as admin:
+        return admin.status()
+
+
 def _context(child: Child, tokens: int, options: Options, device: Callable[[], float]) -> Context:
-    ids = prompt(PublicClient(child.home).tokenize, tokens)
+    with PublicClient(child.home) as client:
+        ids = prompt(client.tokenize, tokens)
 
     def ask(tier: str) -> Answer:
         options.say(f"{tokens:,} tokens: {tier}")
-        return PublicClient(child.home).complete(ids, max_tokens=COMPLETION_TOKENS, temperature=0.0)
+        with PublicClient(child.home) as client:
+            return client.complete(ids, max_tokens=COMPLETION_TOKENS, temperature=0.0)
+
+    def evict() -> None:
+        with AdminClient(child.home) as admin:
+            admin.evict("hbm")
 
     cold = ask("cold")
+    if cold.cached_tokens:
+        raise KvctlError(f"{cold.cached_tokens} tokens of the cold prompt were known: not a measurement")
     child.settle()
     answers: dict[str, list[Answer]] = {"hbm": [], "dram": [], "nvme": []}
     rates = []
@@ -143,7 +158,7 @@ def _context(child: Child, tokens: int, options: Options, device: Callable[[], f
         answers["hbm"].append(ask("hbm"))
     for _ in range(options.repeat):
         child.settle()
-        AdminClient(child.home).evict("hbm")
+        evict()
         answers["dram"].append(ask("dram"))
     for _ in range(options.repeat):
         child.settle()
@@ -155,7 +170,7 @@ def _context(child: Child, tokens: int, options: Options, device: Callable[[], f
     rate = statistics.median(rates)
     step_s = statistics.median(answer.step_s for answer in answers["hbm"])
     measured = [_measured("cold", [cold], cold, cold.ttft_s, 0, 0.0)]
-    per_token = AdminClient(child.home).status().engine.kv_bytes_per_token
+    per_token = _status(child.home).engine.kv_bytes_per_token
     for tier, given in answers.items():
         floor_s = step_s + (given[0].cached_tokens * per_token / rate if tier == "nvme" else 0.0)
         restored = 0 if tier == "hbm" else given[0].cached_tokens * per_token
@@ -184,8 +199,8 @@ def _measured(
 
 
 def prompt(tokenize: Callable[[str], list[int]], tokens: int) -> list[int]:
-    """Exactly `tokens` ids of plain text that repeats nothing longer than a sentence."""
-    text, number = [], 0
+    """Exactly `tokens` ids of plain text that repeats nothing longer than a sentence, and begins like no other length's."""
+    text, number = [f"{tokens} tokens.\n"], 0
     ids: list[int] = []
     while len(ids) < tokens:
         for _ in range(tokens // 8 + 8):

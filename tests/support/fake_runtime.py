@@ -110,6 +110,7 @@ class FakeRuntime:
                 self._sources(len(request.prompt), first),
                 Timings(queue_ms=1.0, load_ms=2.0, prompt_ms=10.0, predicted_ms=20.0, ttft_ms=11.0),
                 Decision(8, "load", Alternative(8, 0.002, 0.008), Alternative(0, 0.0, 0.5)),
+                loaded_bytes=64,
             )
         finally:
             self.ended.set()

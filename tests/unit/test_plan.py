@@ -76,6 +76,16 @@ def test_a_tier_slower_than_compute_is_not_loaded_from() -> None:
     assert (decision.load_to, decision.reason) == (0, "recompute-is-faster")
 
 
+def test_a_tier_that_was_slow_once_is_tried_again() -> None:
+    cost = model()
+    cost.saw_load(Tier.NVME, 10 * MIB, 1000.0)
+    passed_over = 0
+    while decide(8193, 0, pieces(32), cost).reason == "recompute-is-faster":
+        cost.passed_over(Tier.NVME)
+        passed_over += 1
+    assert 0 < passed_over < 100
+
+
 def test_the_fast_front_is_loaded_and_the_slow_back_computed() -> None:
     cost = model()
     cost.saw_load(Tier.DRAM, 1000 * MIB, 0.1)

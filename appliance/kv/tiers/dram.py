@@ -14,6 +14,7 @@ import errno
 import logging
 import mmap
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ class DramTable:
         self._children: dict[BlockId, dict[BlockId, Entry]] = {}
         self._held: set[BlockId] = set()  # pinned, or not CLEAN: what eviction must pass over
         self._waiters: list[asyncio.Future[None]] = []
+        self._changed_s = time.monotonic()
         self._pinned = 0
         self._pin_limit = shape.slots - max(1, shape.slots // 4)
         self.evicted = 0
@@ -175,6 +177,11 @@ class DramTable:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         await waiter
+
+    @property
+    def unchanged_s(self) -> float:
+        """Seconds since that last happened."""
+        return time.monotonic() - self._changed_s
 
     def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
         """A prefix that ends with the last of these blocks is used now."""
@@ -258,6 +265,7 @@ class DramTable:
         self._changed()
 
     def _changed(self) -> None:
+        self._changed_s = time.monotonic()
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():

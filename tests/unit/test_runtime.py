@@ -1,0 +1,219 @@
+"""The request path with a real store and an engine that waits for the test: slots, queue, quarantine, learning, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import EngineDied, EngineError, Overloaded, RequestError
+from appliance.kv.base import LookupState
+from appliance.kv.store import TieredStore
+from appliance.kv.tiers.dram import SlotState
+from appliance.plan.cost import CostModel
+from appliance.request import GenerateRequest
+from appliance.runtime import Chunk, Finished, Limits, Runtime
+from appliance.types import SamplingParams, Tier, Tokens
+from tests.support.kv import LAYOUT, NS, fill, opened, payload, prompt, view
+from tests.support.stub_engine import StubEngine
+
+pytestmark = pytest.mark.asyncio
+
+PROMPT = prompt(1, 40)  # two blocks and a tail
+
+
+@asynccontextmanager
+async def running(home: Path, max_running: int = 2, max_queue: int = 2, **store: int) -> AsyncIterator[Runtime]:
+    async with opened(home, **store) as kv:
+        engine = StubEngine(lambda start, n, slot: _write(kv, start, n, slot))
+        cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
+        runtime = Runtime(engine, kv, cost, Limits(max_running, max_queue, store_completions=True))
+        yield runtime
+        for gate in (engine.admission, engine.restoring, engine.exporting, engine.decoding):
+            gate.open()
+        await runtime.drain(5)
+        assert kv._dram._pinned == 0, "every staged run was unpinned"
+        assert all(entry.state is not SlotState.RESERVED for entry in kv._dram.entries()), "every reservation ended"
+
+
+def _write(store: TieredStore, start: int, n_tokens: int, slot: int) -> None:
+    kv = payload(PROMPT[start : start + n_tokens], start)
+    view(store, slot)[: len(kv)] = kv
+
+
+def request(name: str = "r", tokens: Tokens = PROMPT, max_tokens: int = 4) -> GenerateRequest:
+    return GenerateRequest(name, NS, tokens, SamplingParams(max_tokens=max_tokens))
+
+
+async def answer(runtime: Runtime, asked: GenerateRequest) -> list[Chunk | Finished]:
+    return [event async for event in runtime.generate(asked)]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def wait() -> None:
+        while not condition():  # noqa: ASYNC110 - of any kind, so there is no event to wait for
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(wait(), 10)
+
+
+def engine_of(runtime: Runtime) -> StubEngine:
+    assert isinstance(runtime.engine, StubEngine)
+    return runtime.engine
+
+
+async def test_an_answer_is_complete_before_its_blocks_are_stored(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine_of(runtime).exporting.shut()
+        events = await answer(runtime, request())
+        assert isinstance(events[-1], Finished)
+        assert {hit.state for hit in runtime.store.lookup(NS, PROMPT).hits} == {LookupState.PENDING}
+        engine_of(runtime).exporting.open()
+        await until(lambda: {hit.state for hit in runtime.store.lookup(NS, PROMPT).hits} == {LookupState.HIT})
+
+
+async def test_a_slot_is_free_only_after_the_engine_let_go_of_it(tmp_path: Path) -> None:
+    """A request that fails while its prompt is being exported must not leave the engine writing into others' slots."""
+    async with running(tmp_path) as runtime:
+        engine = engine_of(runtime)
+        engine.exporting.shut()
+        engine.error_after_prefill = EngineError("no logits")
+        freed: list[bool] = []
+        abort = runtime.store.abort
+        runtime.store.abort = lambda reserved: (freed.append(engine.exporting.waiting == 0), abort(reserved))[1]  # type: ignore[method-assign]
+        with pytest.raises(EngineError, match="no logits"):
+            await answer(runtime, request())
+        await until(lambda: freed)
+        assert freed == [True]
+        assert not engine.known
+
+
+async def test_a_prefetch_given_up_holds_its_slots_until_the_engine_has_read_them(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        await fill(runtime.store, PROMPT)
+        await runtime.store.flush(5)
+        engine = engine_of(runtime)
+        engine.restoring.shut()
+        steps = runtime.prefetch(NS, PROMPT, to=Tier.HBM, compute=False)
+        await anext(steps)
+        moving = asyncio.ensure_future(anext(steps))
+        await until(lambda: engine.restoring.waiting)
+        moving.cancel()
+        await asyncio.wait({moving})
+        assert runtime.store._dram._pinned > 0  # type: ignore[attr-defined]
+        engine.restoring.open()
+        await until(lambda: not engine.known)
+        assert engine.used_slots
+
+
+async def test_the_queue_has_a_bound_within_one_turn_of_the_loop(tmp_path: Path) -> None:
+    async with running(tmp_path, max_running=1, max_queue=2) as runtime:
+        engine_of(runtime).decoding.shut()
+        asked = [asyncio.ensure_future(answer(runtime, request(f"r{n}"))) for n in range(8)]
+        await until(lambda: sum(each.done() for each in asked) == 5)
+        assert all(isinstance(each.exception(), Overloaded) for each in asked if each.done())
+        engine_of(runtime).decoding.open()
+        await until(lambda: all(each.done() for each in asked))
+
+
+async def test_who_leaves_the_queue_makes_room_in_it(tmp_path: Path) -> None:
+    async with running(tmp_path, max_running=1, max_queue=1) as runtime:
+        engine_of(runtime).decoding.shut()
+        first = asyncio.ensure_future(answer(runtime, request("first")))
+        await until(lambda: runtime.running == 1)
+        leaving = asyncio.ensure_future(answer(runtime, request("leaving")))
+        await until(lambda: runtime.waiting == 1)
+        leaving.cancel()
+        await until(lambda: runtime.waiting == 0)
+        second = asyncio.ensure_future(answer(runtime, request("second")))
+        engine_of(runtime).decoding.open()
+        assert await first
+        assert await second
+
+
+async def test_a_stop_tells_who_waits_for_cells_to_come_back(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine_of(runtime).admission.shut()
+        asked = asyncio.ensure_future(answer(runtime, request()))
+        await until(lambda: engine_of(runtime).admission.waiting)
+        await runtime.drain(0)
+        with pytest.raises(Overloaded) as refused:
+            await asked
+        assert refused.value.status == 503
+
+
+async def test_a_text_that_crashes_the_engine_twice_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine_of(runtime).text_error = EngineDied("the engine process died")
+        for _ in range(2):
+            with pytest.raises(EngineDied):
+                await runtime.tokenize("poison")
+        with pytest.raises(RequestError) as refused:
+            await runtime.tokenize("poison")
+        assert refused.value.status == 422
+        engine_of(runtime).text_error = None
+        assert await runtime.tokenize("food")
+
+
+async def test_a_request_the_engine_never_saw_is_not_to_blame(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine = engine_of(runtime)
+
+        async def dead(*_: object) -> int:
+            raise EngineDied("the engine process did not come back")
+
+        begin, engine.begin = engine.begin, dead  # type: ignore[method-assign]
+        for _ in range(3):
+            with pytest.raises(EngineDied):
+                await answer(runtime, request())
+        engine.begin = begin  # type: ignore[method-assign]
+        assert await answer(runtime, request())
+
+
+async def test_a_medium_that_hangs_costs_the_storing_not_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.kv.store.PATIENCE_S", 0.05)
+    hung = asyncio.Event()
+    async with running(tmp_path, write_behind=LAYOUT.payload_bytes(16)) as runtime:
+        store = runtime.store
+        assert isinstance(store, TieredStore)
+        assert store._writer is not None
+
+        async def hang(batch: object) -> str:
+            await hung.wait()
+            return "io"
+
+        monkeypatch.setattr(store._writer, "_write", hang)
+        for n in range(5):
+            assert isinstance((await answer(runtime, request(f"r{n}", prompt(n, 40))))[-1], Finished)
+        await until(lambda: not engine_of(runtime).known)
+        assert store.counters()["store_busy_total"] > 0
+        hung.set()
+
+
+async def test_a_bug_is_logged_without_what_it_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(tmp_path) as runtime:
+        engine_of(runtime).exporting.shut()
+        engine_of(runtime).error_after_prefill = KeyError("a prompt's words")
+        with caplog.at_level(logging.DEBUG), pytest.raises(EngineError, match="internal error"):
+            await answer(runtime, request())
+        assert "KeyError" in caplog.text
+        assert "words" not in caplog.text
+
+
+async def test_a_load_beside_others_teaches_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        tokens = prompt(1, 16 * 7)
+        await fill(runtime.store, tokens)
+        engine_of(runtime).decoding.shut()
+        runtime.cost.saw_load = lambda *_: pytest.fail("two were running")  # type: ignore[method-assign]
+        asked = [asyncio.ensure_future(answer(runtime, request(f"r{n}", tokens))) for n in range(2)]
+        await until(lambda: len(engine_of(runtime).used_slots) >= 14)
+        engine_of(runtime).decoding.open()
+        for each in asked:
+            assert await each
