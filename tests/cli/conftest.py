@@ -42,6 +42,7 @@ def kvctl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def invoke(*arguments: str) -> Result:
         code = run(list(arguments))
         captured = capsys.readouterr()
+        assert "\x1b" not in captured.out + captured.err, "colour where nobody watches"
         if not captured.out.startswith(("{", "/")):  # JSON and paths are for programs
             assert all(len(line) <= 80 for line in captured.out.splitlines())
         return Result(int(code), captured.out, captured.err)
