@@ -22,6 +22,7 @@ class Conformance(ABC):
     block: int
     """Tokens of a block."""
     end_token: int
+    kv_mode = KVMode.ROWS
 
     @classmethod
     @abstractmethod
@@ -142,7 +143,7 @@ class Conformance(ABC):
 
     def test_the_layout_says_what_a_block_weighs(self, engine: Engine) -> None:
         info = engine.info
-        assert info.kv_mode is KVMode.ROWS
+        assert info.kv_mode is self.kv_mode
         assert info.layout.block_tokens == self.block
         assert info.cell_bytes == CELLS * sum(info.layout.token_bytes)
         assert info.layout.payload_bytes(self.block) <= info.layout.slot_bytes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from appliance.engine.base import Engine, EngineConfig, KVMode
 from appliance.engine.llamacpp import create
+from appliance.engine.llamacpp.cells import LayoutError, RowLayout
 from appliance.errors import ModelError
 from tests.contracts.engine import BATCH, CELLS, Conformance
 from tests.support.models import tiny_config, tiny_model
@@ -25,6 +27,17 @@ class TestLlamaCpp(Conformance):
             tiny_config(block_tokens=BLOCK, context_tokens=CELLS, batch_tokens=BATCH, threads=1, batch_threads=1),
             lambda _: None,
         )
+
+
+class TestOpaqueState(TestLlamaCpp):
+    """A model whose state is not laid out in rows per token, as far as the engine can tell."""
+
+    kv_mode = KVMode.OPAQUE
+
+    @classmethod
+    def open(cls) -> Engine:
+        with patch.object(RowLayout, "parse", side_effect=LayoutError("not rows")):
+            return super().open()
 
 
 def test_info_says_what_was_loaded() -> None:
