@@ -31,7 +31,7 @@ from appliance.kv.opening import open_store
 from appliance.kv.tiers.dram import DramPool
 from appliance.ops import models, synth
 from appliance.ops.home_lock import only_one
-from appliance.ops.init import key_file
+from appliance.ops.init import follow, key_file
 from appliance.plan.cost import CostModel
 from appliance.runtime import Limits, Runtime
 from appliance.security.files import write_private
@@ -96,6 +96,7 @@ async def _serve(options: ServeOptions, keyring: Keyring, started_s: float) -> i
         except Stopped:
             return INTERRUPTED if signals.first is signal.SIGINT else 0
         listener.switch(public_app(service), admin_app(service, admin))
+        follow(options.home, bound.base_url)
         options.report(await _ready(admin, options.home, started_s))
         await signals.stop.wait()
         options.report(Draining(requests=runtime.running + runtime.waiting))

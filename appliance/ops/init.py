@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import tomli
 import tomli_w
 
 from appliance.config import Profile, client_file, load_profile, local_url
@@ -64,3 +66,16 @@ def _complete(home: Path, profile: Profile) -> InitResult:
             write_private(client, tomli_w.dumps(settings).encode())
             created.append("client settings")
     return InitResult(home, FIRST_TENANT, unlock, client, tuple(created))
+
+
+def follow(home: Path, base_url: str) -> None:
+    """Let the client's settings name the address that is served, unless they name another box or a TLS proxy."""
+    path = client_file(home)
+    with exclusive(home / "init.lock"):
+        try:
+            settings = tomli.loads(path.read_text(encoding="utf-8"))
+            known, served = urlsplit(settings["base_url"]), urlsplit(base_url)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return  # not there, or not ours: whoever reads it says so
+        if known != served and (known.scheme, known.hostname) in (("http", served.hostname), ("http", "127.0.0.1")):
+            write_private(path, tomli_w.dumps({**settings, "base_url": base_url}).encode())

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import tomli
+import tomli_w
 
 from appliance.errors import KeyringError, StateError
-from appliance.ops.init import FIRST_TENANT, init
+from appliance.ops.init import FIRST_TENANT, follow, init
 from appliance.ops.tenants import add_tenant, list_tenants
 from appliance.security import files
 from appliance.security.keyring import Keyring
@@ -135,6 +136,35 @@ def test_a_key_file_elsewhere(tmp_path: Path) -> None:
     result = init(tmp_path / "home", str(path))
     assert result.key_file == tmp_path / "stick.key"
     assert not (tmp_path / "home" / "unlock.key").exists()
+
+
+@pytest.mark.parametrize(
+    ("known", "follows"),
+    [
+        ("http://127.0.0.1:8080/v1", True),
+        ("http://[::1]:8080/v1", True),
+        ("https://127.0.0.1/v1", False),
+        ("http://10.0.0.7:8080/v1", False),
+        ("https://box.example/v1", False),
+    ],
+)
+def test_the_clients_address_follows_what_is_served_here(tmp_path: Path, known: str, follows: bool) -> None:
+    init(tmp_path)
+    file = tmp_path / "client.toml"
+    settings = tomli.loads(file.read_text())
+    file.write_text(tomli_w.dumps({**settings, "base_url": known}))
+    follow(tmp_path, "http://[::1]:9000/v1")
+    assert tomli.loads(file.read_text()) == {**settings, "base_url": "http://[::1]:9000/v1" if follows else known}
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [None, "[", "base_url = 3", "api_key = 'x'"])
+def test_a_client_file_that_is_not_ours_is_left_alone(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "client.toml"
+    if content is not None:
+        file.write_text(content)
+    follow(tmp_path, "http://127.0.0.1:9000/v1")
+    assert (file.read_text() if file.exists() else None) == content
 
 
 def test_tenants_of_a_stopped_appliance(tmp_path: Path, profile: str) -> None:
