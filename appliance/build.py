@@ -8,13 +8,14 @@ make every block durable, then the start's order backwards. The sockets answer a
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import json
 import logging
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from appliance.server.base import ServedModel, Service
 from appliance.server.listen import Bound, Listener, bind
 from appliance.server.metrics import Metrics
 from appliance.stop import Signals, Stopped, unless
+from appliance.undumpable import undumpable
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ FLUSH_S = 120.0
 """How long it waits for write-behind after the last request ended."""
 HURRIED_FLUSH_S = 5.0
 """The same after a second signal."""
+
+BODY_BYTES, BODY_BYTES_PER_TOKEN = 2 * 2**20, 32
+"""A body beyond this holds no prompt that fits the context, and reading it would hold up every stream."""
 
 Report = Callable[[ServeEvent], None]
 
@@ -72,6 +77,7 @@ def serve(options: ServeOptions) -> int:
     Returns 0 after an orderly stop; INTERRUPTED if a second signal cut it short, or SIGINT came before it was ready.
     """
     started_s = time.monotonic()
+    undumpable()
     with only_one(options.home):
         keyring = Keyring.open(options.home, key_file(options.home, options.profile))
         return asyncio.run(_serve(options, keyring, started_s))
@@ -96,10 +102,14 @@ async def _serve(options: ServeOptions, keyring: Keyring, started_s: float) -> i
         except Stopped:
             return INTERRUPTED if signals.first is signal.SIGINT else 0
         listener.switch(public_app(service), admin_app(service, admin))
+        progress.end()
+        gc.collect()
+        gc.freeze()  # what the start made lives to the end, up to millions of block names: nothing to look through
         follow(options.home, bound.base_url)
         options.report(await _ready(admin, options.home, started_s))
         await signals.stop.wait()
-        options.report(Draining(requests=runtime.running + runtime.waiting))
+        with suppress(OSError):  # nobody reads it any more
+            options.report(Draining(requests=runtime.running + runtime.waiting))
         try:
             await unless(signals.again, _wind_down(runtime, server.drain, FLUSH_S))
         except Stopped:
@@ -216,6 +226,10 @@ class _Progress:
         self.step = StartProgress(text="starting")
         self._report = report
 
+    def end(self) -> None:
+        """Ready: a later start of the engine is not the appliance's."""
+        self._report = lambda step: None
+
     def __call__(self, text: str, fraction: float | None = None) -> None:
         step = StartProgress(text=text, fraction=None if fraction is None else round(fraction, 2))
         if step != self.step:
@@ -254,7 +268,7 @@ def _service(
         authenticate=keyring.authenticate,
         metrics=Metrics(admin.snapshot),
         state=admin.state,
-        max_body_bytes=profile.server.max_body,
+        max_body_bytes=min(profile.server.max_body, BODY_BYTES + BODY_BYTES_PER_TOKEN * info.context_tokens),
     )
 
 

@@ -120,7 +120,8 @@ class ServerSection(Section):
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     """0 picks a free port."""
-    max_body: Size = 16 * 2**20
+    max_body: Annotated[Size, Field(le=32 * 2**20)] = 16 * 2**20
+    """Of a request, in bytes; less where the model's context is small."""
     max_running: int = Field(16, ge=1, le=255)
     max_queue: int = Field(64, ge=0)
     default_max_tokens: int = Field(512, ge=1)

@@ -67,7 +67,7 @@ class Tokens:
         """Number of leading tokens both sequences share."""
         n = min(len(self), len(other))
         low, high = 0, n
-        a, b = memoryview(self.data), memoryview(other.data)
+        a, b = self.data, other.data  # slices of bytes compare many times faster than those of memoryviews
         if a[: n * TOKEN_BYTES] == b[: n * TOKEN_BYTES]:
             return n
         while low < high:  # invariant: the first `low` tokens agree; they differ somewhere before `high`

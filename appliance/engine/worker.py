@@ -14,7 +14,6 @@ import ctypes
 import importlib
 import mmap
 import os
-import resource
 import signal
 import socket
 import sys
@@ -36,13 +35,14 @@ from appliance.engine.roster import Roster
 from appliance.engine.scheduler import Scheduler
 from appliance.errors import EngineError, KvctlError
 from appliance.types import Tokens
+from appliance.undumpable import undumpable
 
 ENGINES = {"llamacpp": "appliance.engine.llamacpp", "null": "appliance.engine.null"}
 TEXT_THREADS = 2
 TEXT_STACK_BYTES = 64 * 2**20
 """Tokenizers and templates recurse with their input; address space is cheap."""
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_PR_SET_PDEATHSIG = 1
 
 
 class Pool:
@@ -186,10 +186,8 @@ def load_engine(config: EngineConfig, on_progress: Callable[[float], None]) -> E
 
 def confine() -> None:
     """No core dump, no debugger, no life after the parent; Ctrl-C and a hang-up are the control process's to handle."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    undumpable()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -55,7 +55,8 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_discard(stream), DISCARD_TIMEOUT_S)
     raise RequestError(
-        f"the body is larger than {limit_bytes} bytes, the most this appliance accepts (server.max_body)",
+        f"the body is larger than {limit_bytes} bytes, the most this appliance accepts: server.max_body, or less where its"
+        " context is small",
         code="request_too_large",
         status=413,
     )
