@@ -260,15 +260,17 @@ async def test_damage_anywhere_in_the_index_file(tmp_path: Path) -> None:
         index = tmp_path / "index" / "index.lmdb"
         whole = index.read_bytes()
         chance = random.Random(2)
-        rebuilds = 0.0
+        rebuilds, places = 0.0, 0
         for page in range(0, len(whole), PAGE):
-            for damage, at in ((flip, page + chance.randrange(PAGE)), (zero_page, page)):
+            for damage in (flip, zero_page) if page % (2 * PAGE) else (flip,):
+                at = page + chance.randrange(PAGE)
                 index.write_bytes(whole)
                 damage(index, at)
+                places += 1
                 number = chance.randrange(len(prompts))
                 async with engine.serving(tmp_path) as served:
                     again = await served.ask(prompts[number])
                     rebuilds += served.store.counters()["index_rebuilds_total"]
                 assert (again.tokens, again.cached) == (cold[number].tokens, PROMPT_TOKENS - 1), (damage, at)
-        assert len(whole) // PAGE * 2 >= 50
+        assert places >= 50
         assert rebuilds >= 10, "the rest of the places is free, or in a page that nothing points to"
