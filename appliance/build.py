@@ -137,7 +137,7 @@ async def _start(
 
         return advance
 
-    model_path, sha256 = await asyncio.to_thread(_model, options, step)
+    model_path, before, sha256 = await asyncio.to_thread(_model, options, step)
     pool: DramPool | None = None
     if profile.kv.enabled:
         progress("reserving memory")
@@ -148,6 +148,7 @@ async def _start(
         pool_fd=pool.fd if pool else None,
         start_timeout_s=profile.engine.start_timeout,
         on_progress=lambda fraction: progress(f"loading {model_path.stem}", fraction),
+        unchanged=lambda: _state(model_path) == before,
     )
     stack.push_async_callback(engine.close)
     progress(f"loading {model_path.stem}")
@@ -161,27 +162,31 @@ async def _start(
     limits = Limits(profile.server.max_running, profile.server.max_queue, profile.kv.store_completions)
     runtime = Runtime(engine, store, cost, limits)
     admin = ApplianceAdmin(runtime, keyring, place)
-    return runtime, admin, _service(profile, runtime, admin, keyring, info, _made(model_path))
+    return runtime, admin, _service(profile, runtime, admin, keyring, info, before)
 
 
-def _model(options: ServeOptions, step: Callable[[str], Callable[[float], None]]) -> tuple[Path, bytes]:
-    """The model file and its SHA-256. Blocking."""
+def _model(
+    options: ServeOptions, step: Callable[[str], Callable[[float], None]]
+) -> tuple[Path, tuple[int, ...], bytes]:
+    """The model file, its state before it was read, and its SHA-256. Blocking."""
     if options.profile.engine.kind == "null":
-        return Path("null"), bytes(32)
+        return Path("null"), (), bytes(32)
     if options.synth:
         path = synth.default_model(options.home, step("writing random weights"))
     else:
         assert options.model, "the command asks for a model before it calls"
         path = models.resolve(options.home, options.model)
-    return path, models.sha256(path, options.home, on_progress=step(f"checking {path.name}"))
+    before = _state(path)
+    return path, before, models.sha256(path, options.home, on_progress=step(f"checking {path.name}"))
 
 
-def _made(model_path: Path) -> int:
-    """Unix seconds of the model file; 0 where there is none."""
+def _state(model_path: Path) -> tuple[int, ...]:
+    """What changes when the file is replaced or written to: modified (Unix ns), inode, bytes. Empty if there is none."""
     try:
-        return int(model_path.stat().st_mtime)
+        found = model_path.stat()
     except OSError:
-        return 0
+        return ()
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _engine_config(profile: Profile, model_path: Path, sha256: bytes) -> EngineConfig:
@@ -249,11 +254,16 @@ def _exposure(bound: Bound) -> tuple[str, ...]:
 
 
 def _service(
-    profile: Profile, runtime: Runtime, admin: ApplianceAdmin, keyring: Keyring, info: EngineInfo, made: int
+    profile: Profile,
+    runtime: Runtime,
+    admin: ApplianceAdmin,
+    keyring: Keyring,
+    info: EngineInfo,
+    state: tuple[int, ...],
 ) -> Service:
     model = ServedModel(
         id=info.model_name,
-        created=made,
+        created=state[0] // 10**9 if state else 0,
         vocab_tokens=info.vocab_tokens,
         context_tokens=info.context_tokens,
         default_max_tokens=profile.server.default_max_tokens,

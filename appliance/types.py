@@ -49,7 +49,7 @@ class Tokens:
     @classmethod
     def of(cls, ids: Iterable[int]) -> Tokens:
         """Token ids in [0, 2**31); OverflowError or TypeError for anything else."""
-        values = array("I", ids)
+        values = array("I", iter(ids))  # bytes would be read as machine words
         if values and max(values) > MAX_TOKEN_ID:
             raise OverflowError("token id beyond 2**31 - 1")
         if sys.byteorder == "big":

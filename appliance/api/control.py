@@ -180,7 +180,6 @@ class PrefetchProgress(Model):
     moved_bytes: int
     seconds: float
     done: bool
-    error: str | None = None
 
 
 class VerifyRequest(Model):

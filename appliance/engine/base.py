@@ -73,7 +73,6 @@ class EngineInfo:
     description: str
     """Architecture, size and quantisation in words."""
     vocab_tokens: int
-    train_context_tokens: int
     context_tokens: int
     max_sequences: int
     kv_mode: KVMode

@@ -22,8 +22,6 @@ class Prefilled:
 
     prefill_tokens: int
     prefill_s: float
-    queue_s: float
-    restore_s: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class NewTokens:
 @dataclass(frozen=True)
 class Done:
     reason: FinishReason
-    prompt_tokens: int
     completion_tokens: int
     decode_s: float
     kv_tokens: int

@@ -275,7 +275,6 @@ def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
         model_name="null",
         description="reference engine: no model, bytes as tokens",
         vocab_tokens=VOCAB_TOKENS,
-        train_context_tokens=config.context_tokens,
         context_tokens=config.context_tokens,
         max_sequences=config.max_sequences,
         kv_mode=KVMode.ROWS,

@@ -7,7 +7,7 @@ At most MAX_MESSAGE_BYTES; a longer or malformed frame ends the connection.
 Control -> engine. Every call has `op` and `call` (an integer); the engine answers `{"re": call, "ok": value}` or
 `{"re": call, "err": {"type", "message", ...}}`. Answers may come in any order. The first call is `load`.
 
-  load       config: EngineConfig map                       -> EngineInfo map; `{"progress": 0..1}` events before it
+  load       config: EngineConfig map                       -> EngineInfo map; `lines of "progress"` events before it
   pool       slot_bytes, slots                              -> null; the pool's memfd was inherited at start
   tokenize   text, add_special, parse_special               -> tokens
   render     messages, tools?                               -> tokens (template applied, specials parsed)
@@ -29,11 +29,11 @@ A prefix is kept from eviction while a request that holds it has not been releas
 
 Engine -> control, unasked:
 
-  {"event": "prefilled", "request", "prefill_tokens", "prefill_s", "queue_s", "restore_s"}
+  {"event": "prefilled", "request", "prefill_tokens", "prefill_s"}
              the prompt's KV is complete: it may be exported
   {"event": "tokens", "request", "ids": u32le bytes, "text": str, "logprobs": [[token, logprob, [[token, logprob], ...]], ...] | nil}
              text is whole UTF-8 characters only; held back while it may be the start of a stop string
-  {"event": "done", "request", "reason", "prompt_tokens", "completion_tokens", "decode_s", "kv_tokens"}
+  {"event": "done", "request", "reason", "completion_tokens", "decode_s", "kv_tokens"}
   {"event": "failed", "request", "message"}
              this request only; the engine lives on
   {"event": "progress", "fraction"}     while loading

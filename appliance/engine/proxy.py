@@ -34,16 +34,21 @@ class EngineProxy(EngineClient):
         pool_fd: int | None,
         start_timeout_s: float,
         on_progress: Callable[[float], None] = lambda fraction: None,
+        unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`unchanged` says, after each load, whether the model file is still the one of the configuration's digest."""
         self.generation = 0
         self._config = config
         self._pool_fd = pool_fd
         self._start_timeout_s = start_timeout_s
         self._on_progress = on_progress
+        self._unchanged = unchanged
         self._pool: tuple[int, int] | None = None
         self._process: EngineProcess | None = None
         """The loaded one; None while there is none."""
         self._loaded = asyncio.Event()
+        self._failing = False
+        """The last start failed; another is tried."""
         self._requests: dict[str, EngineProcess] = {}
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -77,6 +82,8 @@ class EngineProxy(EngineClient):
         try:
             load = process.call("load", config=wire.config_to_map(self._config))
             self.info = wire.info_from_map(await asyncio.wait_for(load, self._start_timeout_s))
+            if not self._unchanged():
+                raise EngineError(f"{self._config.model_path} was replaced; stop the appliance and start it again")
             if self._pool:
                 await process.call("pool", slot_bytes=self._pool[0], slots=self._pool[1])
         except BaseException as error:
@@ -88,6 +95,7 @@ class EngineProxy(EngineClient):
             raise
         self.generation += 1
         self._process = process
+        self._failing = False
         self._loaded.set()
 
     async def _supervise(self) -> None:
@@ -104,8 +112,10 @@ class EngineProxy(EngineClient):
         while self._process is None:
             try:
                 await self._start_process()
-            except KvctlError as error:
+            except (KvctlError, OSError) as error:
                 log.error("the engine did not start: %s", error)
+                self._failing = True
+                self._loaded.set()  # whoever waits is told at once
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
@@ -114,6 +124,8 @@ class EngineProxy(EngineClient):
     async def _ready(self) -> EngineProcess:
         try:
             while self._process is None or self._process.closed.is_set():
+                if self._failing:
+                    raise EngineDied("the engine process does not start again; its log says why")
                 self._loaded.clear()
                 await asyncio.wait_for(self._loaded.wait(), self._start_timeout_s)
         except asyncio.TimeoutError:

@@ -40,12 +40,8 @@ class Request:
     next_token: int | None = None
     """Sampled, not yet decoded. None while the prompt is being computed."""
     completion_tokens: int = 0
-    queued_s: float = 0.0
-    """When it began to wait for admission."""
-    admitted_s: float = 0.0
     prefilled_s: float = 0.0
     """When the prompt's KV was complete."""
-    restore_s: float = 0.0
     prefill_s: float = 0.0
     prefill_tokens: int = 0
 

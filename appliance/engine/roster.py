@@ -92,7 +92,6 @@ class Roster:
     def enqueue(self, request: Request) -> None:
         """Wait for admission, unless that is done or under way."""
         if request.sequence is None and request not in self._queue:
-            request.queued_s = time.monotonic()
             self._queue.append(request)
 
     def admit(self) -> None:
@@ -106,7 +105,6 @@ class Roster:
                         return  # its release will make room
                     self._admit_past_pins(request)
                 self._queue.popleft()
-                request.admitted_s = time.monotonic()
                 if request.sampling:
                     self._start(request)
 
@@ -171,7 +169,6 @@ class Roster:
             request.id,
             Done(
                 reason=reason,
-                prompt_tokens=len(request.prompt),
                 completion_tokens=request.completion_tokens,
                 decode_s=now_s - request.prefilled_s if request.prefilled_s else 0.0,
                 kv_tokens=request.sequence.length if request.sequence else 0,

@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from appliance.engine.base import Engine, Row
+from appliance.engine.base import Engine, KVMode, Row
 from appliance.engine.client import NewTokens, Prefilled
 from appliance.engine.request import Request
 from appliance.engine.roster import Roster
-from appliance.engine.transfer import SHARED_SLICE_BLOCKS, SLICE_BLOCKS, Export, Restore
+from appliance.engine.transfer import Export, Restore
 from appliance.errors import EngineError, KvctlError, RestoreError
 from appliance.types import FinishReason, SamplingParams, Tokens
 
@@ -46,6 +46,8 @@ class Scheduler:
         self._shared_batch_tokens = shared_batch_tokens
         self._wake = threading.Condition(roster.lock)
         self._commands: deque[Callable[[], None]] = deque()
+        self._step_s = 0.0
+        """What the last decode took."""
 
     # --- commands, any thread -----------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class Scheduler:
     def _move(self) -> None:
         """Restores bring a first token nearer, so they go before prefill; exports can wait. Neither stalls a stream."""
         shared = any(request.decoding for request in self._roster.streams)
-        blocks = SHARED_SLICE_BLOCKS if shared else SLICE_BLOCKS
+        blocks = self._transfers.slice_blocks(self._step_s if shared else 0.0)
         while self._transfers.restore_slice(blocks) and not shared:
             pass
         self._transfers.export_slice(blocks)
@@ -165,13 +167,14 @@ class Scheduler:
         try:
             self._engine.decode([work.row for work in batch])
         except EngineError as error:
-            if len(batch) == 1:
-                self._roster.fail(batch[0].request, error)
+            if len(batch) == 1 or self._engine.info.kv_mode is KVMode.NONE:
+                for work in batch:  # what a recurrent state had taken in cannot be taken back
+                    self._roster.fail(work.request, error)
             else:
                 for work in batch:
                     self._compute([work])
             return
-        elapsed_s = time.monotonic() - began_s
+        self._step_s = elapsed_s = time.monotonic() - began_s
         for index, work in enumerate(batch):
             try:
                 self._advance(work, index, elapsed_s)
@@ -198,8 +201,7 @@ class Scheduler:
 
     def _prompt_done(self, request: Request) -> None:
         request.prefilled_s = time.monotonic()
-        queue_s = request.admitted_s - request.queued_s
-        self._roster.emit(request.id, Prefilled(request.prefill_tokens, request.prefill_s, queue_s, request.restore_s))
+        self._roster.emit(request.id, Prefilled(request.prefill_tokens, request.prefill_s))
 
     def _sample(self, request: Request, index: int) -> None:
         assert request.sampler and request.sampling

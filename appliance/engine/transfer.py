@@ -18,8 +18,8 @@ from appliance.engine.request import Request
 from appliance.errors import EngineError, RestoreError
 
 SLICE_BLOCKS = 16
-SHARED_SLICE_BLOCKS = 2
-"""While others decode: what a slice costs is added to every stream's step."""
+SHARED_SLICE = 0.04
+"""While others decode a slice may add this share to every stream's step; one block moves in any case."""
 
 SlotView = Callable[[int, int], memoryview]
 """(slot, bytes) -> that many first bytes of the slot. EngineError if there is no such slot."""
@@ -51,11 +51,20 @@ class Transfers:
     slot: SlotView
     restores: deque[Restore] = field(default_factory=deque)
     exports: deque[Export] = field(default_factory=deque)
+    block_s: float = 0.0
+    """What moving a block last took."""
 
     @property
     def pending(self) -> bool:
         """Some transfer can make progress now."""
         return bool(self.exports) or any(job.request.sequence for job in self.restores)
+
+    def slice_blocks(self, step_s: float) -> int:
+        """Blocks to move between two steps of running streams that take so long; 0: there are none."""
+        if not step_s:
+            return SLICE_BLOCKS
+        share = int(SHARED_SLICE * step_s / self.block_s) if self.block_s else 1
+        return max(1, min(share, SLICE_BLOCKS))
 
     def restoring(self, request: Request) -> bool:
         return any(job.request is request for job in self.restores)
@@ -97,7 +106,7 @@ class Transfers:
             self._restore_blocks(sequence.id, sequence.length, job.start, stop, blocks)
             self.cells.extend(sequence, stop - sequence.length)
             job.start = stop
-            job.request.restore_s += time.monotonic() - began_s
+            self.block_s = (time.monotonic() - began_s) / len(blocks)
         if not job.blocks:
             self.restores.remove(job)
             job.reply.set_result(sequence.length)
@@ -167,4 +176,6 @@ class Transfers:
             stop += n
         if sequence is None or start < 0 or stop > sequence.length:
             raise EngineError("the tokens to export are not in cells")
+        began_s = time.monotonic()
         self.engine.export(sequence.id, start, views)
+        self.block_s = (time.monotonic() - began_s) / len(views)

@@ -218,10 +218,30 @@ async def test_an_engine_that_cannot_be_started_is_tried_again(
 
     monkeypatch.setattr(process_module, "_launch", launch)
     kill(engine)
-    with suppress(EngineDied):
-        await engine.stats()
+    refused = 0
+    while failures != [2] or engine.pid is None:
+        with suppress(EngineDied, asyncio.TimeoutError):
+            await asyncio.wait_for(engine.stats(), 1)
+        refused += 1
+        await asyncio.sleep(0.01)
+    assert refused, "meanwhile nobody waits for long"
     assert (await engine.stats()).cells_used == 0
-    assert failures == [2]
+
+
+async def test_a_model_file_that_was_replaced_is_not_loaded_again() -> None:
+    same = [True]
+    proxy = EngineProxy(null_config(), pool_fd=None, start_timeout_s=60, unchanged=lambda: same[0])
+    await proxy.start()
+    try:
+        same[0] = False
+        kill(proxy)
+        said = ""
+        while "does not start again" not in said:
+            with suppress(asyncio.TimeoutError):
+                said = str((await asyncio.gather(asyncio.wait_for(proxy.stats(), 1), return_exceptions=True))[0])
+        assert proxy.pid is None
+    finally:
+        await proxy.close()
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 from appliance.engine.base import KVMode, Row
 from appliance.engine.client import Done, Prefilled
 from appliance.engine.request import Failed
-from appliance.engine.transfer import SHARED_SLICE_BLOCKS
+from appliance.engine.transfer import SHARED_SLICE, SLICE_BLOCKS, Transfers
 from appliance.errors import EngineError, RequestError, RestoreError
 from appliance.types import FinishReason, Tokens
 from tests.support.engines import NULL_BLOCK, export, prompt
-from tests.support.scheduling import NS, Bench, reference
+from tests.support.scheduling import NS, SHARED_SLICE_BLOCKS, Bench, reference
 
 BLOCK = NULL_BLOCK
 
@@ -358,6 +358,16 @@ def test_a_resident_prefix_that_ends_inside_a_block_is_continued() -> None:
     bench.run("r", 8)
     bench.settle()
     assert bench.tokens("r") == reference(tokens, 8)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "block_s", "blocks"), [(0, 1, SLICE_BLOCKS), (1, 0, 1), (1, 1, 1), (1, 0.01, 4), (1, 1e-6, SLICE_BLOCKS)]
+)
+def test_a_slice_beside_streams_takes_its_share_of_a_step(step_s: float, block_s: float, blocks: int) -> None:
+    bench = Bench()
+    transfers = Transfers(bench.engine, bench.roster.cells, lambda slot, nbytes: memoryview(b""), block_s=block_s)
+    assert transfers.slice_blocks(step_s) == blocks
+    assert blocks in (1, SLICE_BLOCKS) or blocks * block_s <= SHARED_SLICE * step_s
 
 
 def test_restores_do_not_keep_streams_waiting() -> None:

@@ -37,12 +37,12 @@ def sent(message: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "event",
     [
-        Prefilled(5, 0.5, 0.25, 0.125),
+        Prefilled(5, 0.5),
         NewTokens(
             Tokens.of([1, 2**31 - 1]), "é", (TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.5))), TokenLogprob(2, -1.0))
         ),
         NewTokens(Tokens(), ""),
-        Done(FinishReason.STOP, 3, 2, 1.5, 4),
+        Done(FinishReason.STOP, 2, 1.5, 4),
         Failed("no"),
     ],
 )
@@ -144,7 +144,7 @@ GOOD: list[tuple[Callable[[dict[str, Any]], object], dict[str, Any]]] = [
     (wire.info_from_map, wire.info_to_map(null_engine().info)),
     (wire.sampling_from_map, wire.sampling_to_map(SamplingParams(3))),
     (wire.error_from_map, wire.error_to_map(RequestError("x", param="p"))),
-    (wire.event_from_map, wire.event_to_map("r", Done(FinishReason.STOP, 3, 2, 1.5, 4))),
+    (wire.event_from_map, wire.event_to_map("r", Done(FinishReason.STOP, 2, 1.5, 4))),
     (wire.event_from_map, wire.event_to_map("r", NewTokens(Tokens.of([1]), "x", (TokenLogprob(1, -0.5, ((1, -0.5),)),)))),
 ]  # fmt: skip
 

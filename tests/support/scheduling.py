@@ -15,11 +15,14 @@ from appliance.engine.null import NullEngine
 from appliance.engine.request import Failed
 from appliance.engine.roster import Roster
 from appliance.engine.scheduler import Scheduler
+from appliance.engine.transfer import SLICE_BLOCKS
 from appliance.errors import EngineError
 from appliance.types import SamplingParams, Tokens
 from tests.support.engines import complete, greedy, null_config, null_engine, prefill
 
 T = TypeVar("T")
+SHARED_SLICE_BLOCKS = 2
+"""Fixed here, where a step takes no time that says anything."""
 NS = b"a namespace"
 
 
@@ -48,6 +51,7 @@ class Bench:
         self.roster = Roster(
             self.engine, slot=self.slot, emit=lambda request, event: self.events[request].append(event)
         )
+        self.roster.transfers.slice_blocks = lambda step_s: SHARED_SLICE_BLOCKS if step_s else SLICE_BLOCKS  # type: ignore[method-assign]
         self.scheduler = Scheduler(
             self.engine,
             self.roster,

@@ -57,7 +57,7 @@ class StubEngine(EngineClient):
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens:
         if self.text_error:
             raise self.text_error
-        return Tokens.of(text.encode())
+        return Tokens.of(list(text.encode()))
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> Tokens:
         return await self.tokenize(str(messages))
@@ -79,14 +79,14 @@ class StubEngine(EngineClient):
 
     async def run(self, request: str, sampling: SamplingParams) -> AsyncIterator[Event]:
         prompt = self.known[request]
-        yield Prefilled(len(prompt), 1.0, 0.0, 0.0)
+        yield Prefilled(len(prompt), 1.0)
         if self.error_after_prefill:
             while not self.exporting.waiting:  # noqa: ASYNC110 - a turn of the loop or two
                 await asyncio.sleep(0)
             raise self.error_after_prefill
         await self._or_cancelled(request, self.decoding)
         yield NewTokens(WORD, "w")
-        yield Done(FinishReason.LENGTH, len(prompt), 1, 0.1, len(prompt))
+        yield Done(FinishReason.LENGTH, 1, 0.1, len(prompt))
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
         await self.exporting.passed()

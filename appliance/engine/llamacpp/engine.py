@@ -76,7 +76,6 @@ class LlamaCppEngine(Engine):
             model_name=Path(config.model_path).stem,
             description=native.description(self._model),
             vocab_tokens=self._text.vocab_tokens,
-            train_context_tokens=train_tokens,
             context_tokens=context_tokens,
             max_sequences=config.max_sequences - SCRATCH_SEQUENCES,
             kv_mode=mode,
