@@ -17,9 +17,8 @@ from appliance.kv.breaker import Breaker
 from appliance.kv.durable import Durable
 from appliance.kv.index import Changes, IndexEntry
 from appliance.kv.loads import Loads, failed
-from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import record_bytes
-from appliance.kv.recovery import Recovered, by_age
+from appliance.kv.recovery import Recovered
 from appliance.kv.siblings import strict_prefixes
 from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.kv.transfer import Priority, TransferPool
@@ -42,9 +41,7 @@ class Below:
         self.index = recovered.index
         self._durable = Durable(sealed, recovered.index)
         self._counts = counts
-        self.policy = LeafFirstLru()
-        for block in by_age(recovered.entries):
-            self.policy.add(block, recovered.entries[block].parent)
+        self.policy = recovered.policy
         self._transfers = transfers
         self._layout = layout
         self._clock = clock
@@ -53,8 +50,8 @@ class Below:
         counts["index_rebuilds_total"] += recovered.mended.found > 0
         counts["quarantined_segments_total"] += recovered.mended.quarantined
         self._count("evicted_blocks_total", recovered.mended.evicted)
-        self._tokens = sum(entry.n_tokens for entry in recovered.entries.values())
-        self._newest_us = max((entry.used_us for entry in recovered.entries.values()), default=0)
+        self._tokens = recovered.tokens
+        self._newest_us = recovered.newest_us
         self._used: dict[BlockId, int] = {}
         self._leaving: set[BlockId] = set()
         self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
@@ -214,7 +211,7 @@ class Below:
     # --- the rest --------------------------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that close() waits for."""
+        """A task that settle() waits for."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -244,16 +241,18 @@ class Below:
         entry = self.entries([block]).get(block)
         return None if entry is None else entry.used_us
 
-    async def close(self) -> None:
-        """Write down when blocks were last used, and let go of index and medium."""
+    async def settle(self) -> None:
+        """Until nothing that was spawned runs any more."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        async with self._turn:
-            try:
-                await asyncio.to_thread(self.index.apply, Changes(used=self._used))
-            except TierError as error:  # stamps only: the next start evicts in a poorer order
-                self._failed(error)
-            await asyncio.to_thread(self._durable.close)
+
+    async def close(self) -> None:
+        """Write down when blocks were last used, and let go of index and medium. Nothing may be using them."""
+        try:
+            await asyncio.to_thread(self.index.apply, Changes(used=self._used))
+        except TierError as error:  # stamps only: the next start evicts in a poorer order
+            self._failed(error)
+        await asyncio.to_thread(self._durable.close)
 
     def _now_us(self) -> int:
         return int(self._clock() * 1e6)

@@ -73,6 +73,7 @@ class TieredStore(KVStore):
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._promised_bytes = 0
         self._reserve_turn = asyncio.Lock()
+        self._closing = False
         self._dram = DramTable(pool, self.pool, LeafFirstLru())
         self._below: Below | None = None
         self._writer: WriteBehind | None = None
@@ -245,7 +246,10 @@ class TieredStore(KVStore):
             asyncio.run_coroutine_threadsafe(below.drop(blocks), loop).result()
 
         steps = verify(below.sealed, below.index, drop=drop if repair else None)
-        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+        while not self._closing:
+            step = await asyncio.shield(below.spawn(asyncio.to_thread(next, steps, None)))
+            if step is None:
+                return
             yield step
 
     async def flush(self, timeout_s: float) -> bool:
@@ -256,11 +260,15 @@ class TieredStore(KVStore):
         return self._writer.all_durable
 
     async def close(self) -> None:
+        """Index and medium go last, when no thread uses them: the number of a closed file may be another's the next moment."""
+        self._closing = True
         if self._writer is not None:
             await self._writer.close()
         if self._below is not None:
-            await self._below.close()
+            await self._below.settle()
         await asyncio.to_thread(self._transfers.close)
+        if self._below is not None:
+            await self._below.close()
 
     def _plain(self, entry: Entry) -> Plain:
         identity = RecordIdentity(

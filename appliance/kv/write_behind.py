@@ -42,6 +42,7 @@ class WriteBehind:
         self._writing = 0
         self._work = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
+        self._closing = False
         self._task = asyncio.ensure_future(self._run())
         self.dirty_bytes = 0
 
@@ -72,20 +73,21 @@ class WriteBehind:
             await self._dram.change()
 
     async def close(self) -> None:
+        """Begin no batch any more. Ends with the one that is being written: nobody may close its medium before."""
+        self._closing = True
+        self._work.set()
+        await self._task
         if self._retry is not None:
             self._retry.cancel()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
-            await self._work.wait()
+        while await self._work.wait() and not self._closing:
             batch = self._next_batch()
             if not batch:
                 self._work.clear()
                 continue
             self._writing = len(batch)
-            reason = await self._below.spawn(self._write(batch))
+            reason = await self._write(batch)
             self._writing = 0
             for entry in batch:
                 self.dirty_bytes -= self._payload_bytes(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from appliance.errors import TierError, TierFull, TierIO
@@ -17,8 +18,24 @@ def full() -> TierError:
     return TierFull("injected")
 
 
+class Gate:
+    """A thread that comes to it stays until a test opens it."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def passed(self) -> None:
+        self.reached.set()
+        self._open.wait()
+
+
 class FaultyTier(RecordTier):
-    """`fail(op, n)` makes the next n operations of that name raise; `spoil` may change what a read returned."""
+    """`fail(op, n)` makes the next n operations of that name raise, `hold(op)` makes them wait; `spoil` may change what a
+    read returned."""
 
     def __init__(self, inner: RecordTier) -> None:
         self.inner = inner
@@ -26,9 +43,14 @@ class FaultyTier(RecordTier):
         self.spoil: Callable[[Extent, memoryview], None] = lambda extent, data: None
         self.calls: dict[str, int] = {}
         self._faults: dict[str, list[Callable[[], TierError] | None]] = {}
+        self._gates: dict[str, Gate] = {}
 
     def fail(self, op: str, times: int = 1, *, after: int = 0, error: Callable[[], TierError] = eio) -> None:
         self._faults[op] = [None] * after + [error] * times
+
+    def hold(self, op: str) -> Gate:
+        self._gates[op] = gate = Gate()
+        return gate
 
     def heal(self) -> None:
         self._faults.clear()
@@ -36,6 +58,8 @@ class FaultyTier(RecordTier):
 
     def _enter(self, op: str) -> None:
         self.calls[op] = self.calls.get(op, 0) + 1
+        if op in self._gates:
+            self._gates[op].passed()
         pending = self._faults.get(op)
         if pending and (error := pending.pop(0)) is not None:
             raise error()
@@ -86,4 +110,5 @@ class FaultyTier(RecordTier):
         return self.inner.usage()
 
     def close(self) -> None:
+        self._enter("close")
         self.inner.close()

@@ -69,9 +69,11 @@ async def opened(
     )
     try:
         yield store
-        await store.flush(5)
+        if not store._closing:
+            await store.flush(5)
     finally:
-        await store.close()
+        if not store._closing:
+            await store.close()
         pool.close()
 
 
