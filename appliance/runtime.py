@@ -122,8 +122,10 @@ class Runtime:
 
     # --- text --------------------------------------------------------------------------------------------------
 
-    async def tokenize(self, text: str, *, add_special: bool = True) -> Tokens:
-        return await self._guarded(text.encode(), self.engine.tokenize(text, add_special=add_special))
+    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
+        """Of a whole prompt: its author decides where special tokens are. Messages go through render()."""
+        call = self.engine.tokenize(text, add_special=add_special, parse_special=parse_special)
+        return await self._guarded(text.encode(), call)
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
         return await self._guarded(json.dumps([messages, tools]).encode(), self.engine.render(messages, tools))
@@ -267,12 +269,7 @@ class Runtime:
         return Inspection(tuple(spans), warm.chosen.total_s, cold.chosen.total_s)
 
     async def _where(self, ns: Namespace, tokens: Tokens) -> tuple[int, Lookup]:
-        probe = f"probe-{os.urandom(8).hex()}"
-        try:
-            resident = await self.engine.begin(probe, self.store.root(ns), tokens, 0)
-        finally:
-            with suppress(EngineDied):
-                await self.engine.release(probe)
+        resident = await self.engine.resident(self.store.root(ns), tokens)
         return resident, self.store.lookup(ns, tokens)
 
     async def prefetch(self, ns: Namespace, tokens: Tokens, *, to: Tier, compute: bool) -> AsyncIterator[PrefetchStep]:

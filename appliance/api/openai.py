@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 
 from appliance.types import Tokens
 
@@ -106,8 +106,14 @@ class Request(BaseModel):
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined_parts)]
+    content: str
     tool_calls: NoTools = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text(cls, value: object, info: ValidationInfo) -> object:
+        said_nothing = value is None and info.data.get("role") == "assistant"
+        return "" if said_nothing else _joined_parts(value)
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it: they have no developer role."""
@@ -167,7 +173,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: NoTools = None
     functions: NoTools = None
-    tool_choice: Annotated[Any, _only("none", hint='leave tool_choice out or send "none"')] = None
+    tool_choice: Annotated[Any, _only("none", "auto", hint='leave tool_choice out or send "none"')] = None
     function_call: Annotated[Any, _only("none", hint='leave function_call out or send "none"')] = None
     modalities: Annotated[Any, _only(["text"], hint='leave modalities out or send ["text"]')] = None
 
@@ -195,6 +201,8 @@ class CompletionRequest(GenerationRequest):
 class TokenizeRequest(Request):
     content: str
     add_special: bool = False
+    parse_special: bool = True
+    """Whether the text of a special token becomes that token, as in a completion's prompt."""
 
 
 class DetokenizeRequest(Request):

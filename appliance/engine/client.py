@@ -65,7 +65,7 @@ class EngineClient(ABC):
     async def close(self) -> None: ...
 
     @abstractmethod
-    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens: ...
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens: ...
 
     @abstractmethod
     async def render(
@@ -74,6 +74,10 @@ class EngineClient(ABC):
 
     @abstractmethod
     async def detokenize(self, tokens: Tokens) -> str: ...
+
+    @abstractmethod
+    async def resident(self, ns: bytes, tokens: Tokens) -> int:
+        """Tokens of the longest resident prefix inside `ns`. Changes nothing, not even which one goes first."""
 
     @abstractmethod
     async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:

@@ -7,11 +7,12 @@ At most MAX_MESSAGE_BYTES; a longer or malformed frame ends the connection.
 Control -> engine. Every call has `op` and `call` (an integer); the engine answers `{"re": call, "ok": value}` or
 `{"re": call, "err": {"type", "message", ...}}`. Answers may come in any order. The first call is `load`.
 
-  load       config: EngineConfig map                       -> EngineInfo map; `lines of "progress"` events before it
+  load       config: EngineConfig map                       -> EngineInfo map; "progress" events before it
   pool       slot_bytes, slots                              -> null; the pool's memfd was inherited at start
   tokenize   text, add_special, parse_special               -> tokens
   render     messages, tools?                               -> tokens (template applied, specials parsed)
   detokenize tokens                                         -> text
+  resident   ns, tokens                                     -> resident tokens; changes nothing
   begin      request, ns, tokens, reserve_tokens            -> resident tokens; pins them and makes the request known
   restore    request, start, blocks [[slot, n, use], ...]   -> tokens now present; answered when linked
   run        request, sampling: SamplingParams map          -> null at once; then events until `done`

@@ -141,7 +141,7 @@ class EngineProxy(EngineClient):
             raise EngineError("no such request")
         return await process.call(op, request=request, **fields)
 
-    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens:
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
         return Tokens(await self._call("tokenize", text=text, add_special=add_special, parse_special=parse_special))
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
@@ -149,6 +149,9 @@ class EngineProxy(EngineClient):
 
     async def detokenize(self, tokens: Tokens) -> str:
         return str(await self._call("detokenize", tokens=tokens.data))
+
+    async def resident(self, ns: bytes, tokens: Tokens) -> int:
+        return int(await self._call("resident", ns=ns, tokens=tokens.data))
 
     async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
         process = await self._ready()

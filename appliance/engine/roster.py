@@ -45,6 +45,11 @@ class Roster:
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
+    def resident(self, ns: bytes, tokens: Tokens) -> int:
+        """Tokens of the longest resident prefix. Changes nothing."""
+        with self.lock:
+            return self.cells.residency.lookup(ns, tokens)[1] if self.cells.shares else 0
+
     def begin(self, request_id: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
         """Tokens of the longest resident prefix, now pinned; the prompt's last token is decoded again in any case."""
         info = self._engine.info

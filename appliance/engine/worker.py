@@ -78,6 +78,7 @@ class Worker:
             "tokenize": self._tokenize,
             "render": self._render,
             "detokenize": self._detokenize,
+            "resident": lambda m: self._roster.resident(m["ns"], Tokens(m["tokens"])),
             "begin": lambda m: self._roster.begin(m["request"], m["ns"], Tokens(m["tokens"]), m["reserve_tokens"]),
             "restore": lambda m: self._scheduler.restore(m["request"], m["start"], _triples(m["blocks"])),
             "run": lambda m: self._scheduler.run_request(m["request"], wire.sampling_from_map(m["sampling"])),

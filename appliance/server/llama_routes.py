@@ -69,7 +69,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         call = await read_request(request, TokenizeRequest, service.max_body_bytes)
-        tokens = await service.runtime.tokenize(call.content, add_special=call.add_special)
+        tokens = await service.runtime.tokenize(
+            call.content, add_special=call.add_special, parse_special=call.parse_special
+        )
         return json_response(TokenList(tokens=tokens.ids()))
 
     @routes.post("/detokenize")

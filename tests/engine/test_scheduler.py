@@ -599,3 +599,18 @@ def test_eviction_spares_what_requests_hold() -> None:
     assert sequence
     assert bytes(export(bench.engine, sequence.id, 0, [BLOCK])[0]) == right(bench, prompt(BLOCK, 1))[0]
     assert bench.begin("other", prompt(50, 1), ns=NS) == 50
+
+
+def test_asking_what_is_resident_changes_nothing() -> None:
+    bench = Bench()
+    prompts = [prompt(3 * BLOCK, seed) for seed in range(3)]
+    for n, tokens in enumerate(prompts):
+        bench.start(f"r{n}", tokens, 1)
+        bench.settle()
+        bench.release(f"r{n}")
+    order = list(bench.roster.cells.residency._released)
+    assert bench.roster.resident(NS, prompts[0]) == len(prompts[0])
+    assert bench.roster.resident(NS, prompts[0][: BLOCK + 1]) == BLOCK + 1
+    assert bench.roster.resident(b"another namespace", prompts[0]) == 0
+    assert list(bench.roster.cells.residency._released) == order
+    assert bench.roster.stats().cells_pinned == 0

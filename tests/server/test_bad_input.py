@@ -101,7 +101,7 @@ BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("include_usage a number", CHAT, chat(stream_options={"include_usage": 1}), "stream_options.include_usage"),
     ("tools", CHAT, chat(tools=[{"type": "function"}]), "tools"),
     ("functions", CHAT, chat(functions=[{"name": "f"}]), "functions"),
-    ("tool_choice", CHAT, chat(tool_choice="auto"), "tool_choice"),
+    ("tool_choice", CHAT, chat(tool_choice="required"), "tool_choice"),
     ("json response_format", CHAT, chat(response_format={"type": "json_object"}), "response_format"),
     ("grammar", CHAT, chat(grammar="root ::= [0-9]"), "grammar"),
     ("json_schema", TEXT, text(json_schema={}), "json_schema"),

@@ -22,6 +22,13 @@ async def ask(client: httpx.AsyncClient, headers: dict[str, str] | None = None, 
     return answer
 
 
+async def test_an_assistant_that_said_nothing_is_part_of_a_conversation(
+    client: httpx.AsyncClient, runtime: FakeRuntime
+) -> None:
+    await ask(client, messages=[*HELLO, {"role": "assistant", "content": None}, *HELLO], tool_choice="auto")
+    assert [message["content"] for message in runtime.messages[-1]] == ["hi", "", "hi"]
+
+
 async def test_chat_answer_has_the_openai_shape(client: httpx.AsyncClient) -> None:
     answer = await ask(client)
     assert answer["object"] == "chat.completion"

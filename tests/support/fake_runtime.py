@@ -80,7 +80,7 @@ class FakeRuntime:
         self.completion = COMPLETION
         self.interfere: Callable[[], Awaitable[object]] = partial(asyncio.sleep, 0)
 
-    async def tokenize(self, text: str, *, add_special: bool = True) -> Tokens:
+    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
         return Tokens.of([1] * add_special + [min(ord(c), HALF_A_CHARACTER) for c in text])
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:

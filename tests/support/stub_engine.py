@@ -54,16 +54,19 @@ class StubEngine(EngineClient):
 
     async def close(self) -> None: ...
 
-    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens:
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
         if self.text_error:
             raise self.text_error
         return Tokens.of(list(text.encode()))
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> Tokens:
-        return await self.tokenize(str(messages))
+        return await self.tokenize(str(messages), add_special=False, parse_special=True)
 
     async def detokenize(self, tokens: Tokens) -> str:
         return ""
+
+    async def resident(self, ns: bytes, tokens: Tokens) -> int:
+        return 0
 
     async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
         self.known[request] = tokens
