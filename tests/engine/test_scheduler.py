@@ -608,6 +608,7 @@ def test_asking_what_is_resident_changes_nothing() -> None:
         bench.start(f"r{n}", tokens, 1)
         bench.settle()
         bench.release(f"r{n}")
+        bench.settle()
     order = list(bench.roster.cells.residency._released)
     assert bench.roster.resident(NS, prompts[0]) == len(prompts[0])
     assert bench.roster.resident(NS, prompts[0][: BLOCK + 1]) == BLOCK + 1
