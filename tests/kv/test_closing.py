@@ -18,11 +18,13 @@ TOKENS = prompt(1, 16 * 4 + 3)
 async def _closes_only_after(gate: Gate, store: TieredStore, tier: FaultyTier) -> None:
     await asyncio.to_thread(gate.reached.wait)
     closing = asyncio.ensure_future(store.close())
-    ended, _ = await asyncio.wait({closing}, timeout=0.1)
-    assert not ended
-    assert "close" not in tier.calls
-    gate.open()
-    await closing
+    try:
+        ended, _ = await asyncio.wait({closing}, timeout=0.1)
+        assert not ended
+        assert "close" not in tier.calls
+    finally:
+        gate.open()
+        await closing
     assert tier.calls["close"] == 1
 
 
