@@ -276,6 +276,7 @@ def _service(
         runtime=runtime,
         model=model,
         authenticate=keyring.authenticate,
+        operator=keyring.tenants()[0].name,
         metrics=Metrics(admin.snapshot),
         state=admin.state,
         max_body_bytes=min(profile.server.max_body, BODY_BYTES + BODY_BYTES_PER_TOKEN * info.context_tokens),

@@ -1,6 +1,7 @@
 """The two ASGI applications: the public one (TCP, API keys) and the admin one (unix socket, peer credentials).
 
-Invariant: every public route but /health needs an API key; admin routes exist on the admin app only. Event loop only.
+Invariant: every public route but /health needs an API key; what tells of all tenants is for the operator's; admin routes
+exist on the admin app only. Event loop only.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from fastapi import Depends, FastAPI
 from fastapi.telemetry import TelemetryConfig
 
 from appliance.server import admin_routes, errors, llama_routes, openai_routes
-from appliance.server.auth import require_key
+from appliance.server.auth import require_key, require_tenant
 from appliance.server.base import Admin, Service
 from appliance.server.edge import Edge
 from appliance.server.metrics import Metrics
@@ -23,7 +24,8 @@ def public_app(service: Service) -> FastAPI:
     keyed = [Depends(require_key(service.authenticate))]
     app.include_router(openai_routes.router(service), dependencies=keyed)
     app.include_router(llama_routes.router(service), dependencies=keyed)
-    app.include_router(llama_routes.metrics_router(service.metrics), dependencies=keyed)
+    operators = [*keyed, Depends(require_tenant(service.operator))]
+    app.include_router(llama_routes.metrics_router(service.metrics), dependencies=operators)
     app.include_router(llama_routes.health_router(service.state))
     return app
 

@@ -32,3 +32,13 @@ def require_key(authenticate: Callable[[str], str | None]) -> Callable[[Request]
         request.state.tenant = tenant
 
     return check
+
+
+def require_tenant(name: str) -> Callable[[Request], Awaitable[None]]:
+    """A dependency, behind require_key, for what tells of all tenants: 403 for any other."""
+
+    async def check(request: Request) -> None:
+        if request.state.tenant != name:
+            raise RequestError(f'this is for the operator: use a key of tenant "{name}"', code="forbidden", status=403)
+
+    return check

@@ -53,6 +53,8 @@ class Service:
     model: ServedModel
     authenticate: Callable[[str], str | None]
     """API key -> tenant; None for an unknown key. Compares in constant time."""
+    operator: str
+    """The tenant that may see numbers of all tenants: another could tell from them what others send."""
     metrics: Metrics
     state: Callable[[], str]
     """ready | draining | engine-restarting"""

@@ -78,3 +78,9 @@ async def test_no_tenant_or_model_in_labels(client: httpx.AsyncClient) -> None:
     await client.post("/v1/completions", json=PROMPT)
     labels = {name for family in (await families(client)).values() for s in family.samples for name in s.labels}
     assert labels <= {"outcome", "status", "tier", "reason", "le"}
+
+
+async def test_only_the_operator_sees_numbers_of_all_tenants(client: httpx.AsyncClient) -> None:
+    refused = await client.get("/metrics", headers={"authorization": "Bearer key-of-bob"})
+    assert refused.status_code == 403
+    assert '"alice"' in refused.json()["error"]["message"]

@@ -160,6 +160,7 @@ def service(runtime: FakeRuntime, *, state: str = "ready", max_body_bytes: int =
         runtime=runtime,  # type: ignore[arg-type]
         model=MODEL,
         authenticate=KEYS.get,
+        operator="alice",
         metrics=Metrics(snapshot),
         state=lambda: state,
         max_body_bytes=max_body_bytes,
