@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from appliance.errors import ConfigError
 
@@ -76,6 +76,12 @@ class EngineSection(Section):
     kv_type_k: KVType = "f16"
     kv_type_v: KVType = "f16"
     start_timeout: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _a_batch_holds_a_token_of_each_sequence(self) -> EngineSection:
+        if self.batch_tokens < self.max_sequences:
+            raise ValueError(f"batch_tokens = {self.batch_tokens} is below max_sequences = {self.max_sequences}")
+        return self
 
 
 class KVSection(Section):

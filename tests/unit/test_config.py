@@ -157,3 +157,8 @@ def test_home_is_the_option_then_kvctl_home_then_xdg_then_the_default(
     assert config.home() == tmp_path / "xdg" / "kvctl"
     monkeypatch.delenv("XDG_STATE_HOME")
     assert config.home() == tmp_path / ".local" / "state" / "kvctl"
+
+
+def test_a_batch_that_cannot_hold_a_token_of_each_sequence_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_tokens = 32 is below max_sequences = 64"):
+        load_profile("default", ["engine.batch_tokens=32"])
