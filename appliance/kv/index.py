@@ -64,14 +64,33 @@ class Changes:
 
 class Index:
     def __init__(
-        self, path: Path, *, index_key: bytes, store_uuid: bytes, map_bytes: int, create: bool = False
+        self,
+        path: Path,
+        *,
+        index_key: bytes,
+        store_uuid: bytes,
+        map_bytes: int,
+        create: bool = False,
+        read_only: bool = False,
     ) -> None:
-        """TierError if LMDB refuses; IntegrityError if it is another store's or version's. `create` starts an empty one."""
+        """TierError if LMDB refuses; IntegrityError if it is another store's or version's.
+
+        `create` starts an empty one; `read_only` leaves no trace in the folder, for a file nobody else has open.
+        """
         self._mac = hashlib.blake2b(key=_derive(index_key, b"mac"), digest_size=_MAC_BYTES)
         self._xaes = Xaes(_derive(index_key, b"children"))
         self._siblings = SiblingCache()
         try:
-            self._env = lmdb.open(str(path), subdir=False, max_dbs=4, map_size=map_bytes, create=create, mode=0o600)
+            self._env = lmdb.open(
+                str(path),
+                subdir=False,
+                max_dbs=4,
+                map_size=map_bytes,
+                create=create,
+                mode=0o600,
+                readonly=read_only,
+                lock=not read_only,
+            )
             self._meta, self._blocks, self._children, self._segments = (
                 self._env.open_db(name, create=create) for name in (b"meta", b"blocks", b"children", b"segments")
             )
@@ -137,16 +156,16 @@ class Index:
         Damage may crash or hang the process in here: only `check.py`'s child process calls it.
         """
         with self._env.begin() as txn:
-            for key, value in self._walk(txn, self._blocks):
+            for key, value in self._walk(txn, self._blocks, _ID_BYTES):
                 if not self._genuine(key, value) or len(value) != _BLOCK.size + _MAC_BYTES:
                     raise IntegrityError("index entry does not verify", reason="index")
                 if txn.get(_unpack(value).parent + key, db=self._children) is None:
                     raise IntegrityError("index entry has no tokens", reason="index")
-            for key, value in self._walk(txn, self._children):
+            for key, value in self._walk(txn, self._children, 2 * _ID_BYTES):
                 if self._open_tokens(key, value) is None:
                     raise IntegrityError("index tokens do not verify", reason="index")
-            for key, value in self._walk(txn, self._segments):
-                if self._verified(key, value) is None:
+            for key, value in self._walk(txn, self._segments, _U64.size):
+                if not self._genuine(key, value) or len(value) != _SEGMENT.size + _MAC_BYTES:
                     raise IntegrityError("index segment entry does not verify", reason="index")
             blocks, children = (int(txn.stat(db)["entries"]) for db in (self._blocks, self._children))
             if blocks != children:
@@ -154,13 +173,16 @@ class Index:
         return blocks
 
     def copy(self, path: Path) -> None:
-        """A compacted copy: every page is read and written anew."""
+        """A compacted copy: every page is read and written anew. TierError if it cannot be written, IntegrityError if
+        LMDB finds damage on the way."""
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             self._env.copyfd(fd, compact=True)
             os.fsync(fd)
         except lmdb.Error as error:
-            raise _failed(error) from None
+            if type(error) is lmdb.Error or isinstance(error, lmdb.DiskError):  # an errno of the write
+                raise _failed(error) from None
+            raise IntegrityError("index cannot be copied", reason="index") from None
         finally:
             os.close(fd)
 
@@ -214,11 +236,11 @@ class Index:
             raise _failed(error) from None
 
     @staticmethod
-    def _walk(txn: Any, db: Any) -> Iterator[tuple[bytes, bytes]]:
+    def _walk(txn: Any, db: Any, key_bytes: int) -> Iterator[tuple[bytes, bytes]]:
         previous, count = b"", 0
         with txn.cursor(db) as cursor:
             for key, value in cursor:
-                if key <= previous or txn.get(key, db=db) != value:
+                if len(key) != key_bytes or key <= previous or txn.get(key, db=db) != value:
                     raise IntegrityError("index is out of order", reason="index")
                 previous, count = key, count + 1
                 yield key, value
@@ -229,12 +251,12 @@ class Index:
 
     def _sign(self, key: bytes, value: bytes) -> bytes:
         mac = self._mac.copy()
-        mac.update(key + value)
+        mac.update(length_prefixed(key, value))
         return value + mac.digest()
 
     def _genuine(self, key: bytes, signed: bytes) -> bool:
         mac = self._mac.copy()
-        mac.update(key + signed[:-_MAC_BYTES])
+        mac.update(length_prefixed(key, signed[:-_MAC_BYTES]))
         return hmac.compare_digest(mac.digest(), signed[-_MAC_BYTES:])
 
     def _verified(self, key: bytes, signed: bytes | None) -> bytes | None:

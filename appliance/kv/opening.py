@@ -1,7 +1,7 @@
 """Opens the store of a home: pool, medium, index, start-up recovery, and the store on top of them.
 
 Invariant: what cannot be used below DRAM costs the tier, not the start; the store then says so in its usage.
-Threading: `open_store` and `open_below` block (recovery reads segments); the result belongs to the running event loop.
+Threading: `open_below` and `look_below` block (recovery reads segments); a store belongs to the running event loop.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from appliance.config import KVSection, NvmeSection
-from appliance.errors import TierError
-from appliance.kv.record import record_bytes
+from appliance.errors import ConfigError, StateError, TierError
+from appliance.kv.record import MAX_FRAMES, MAX_RECORD_BYTES, record_bytes
 from appliance.kv.recovery import Recovered, recover
 from appliance.kv.store import TieredStore
 from appliance.kv.tiers.dram import DramPool
 from appliance.kv.tiers.nvme import NvmeTier
+from appliance.kv.tiers.readonly import ReadOnlyNvme
 from appliance.kv.tiers.sealed import SealedTier, superblock_maker
 from appliance.kv.transfer import TransferPool
+from appliance.security.files import write_private
 from appliance.security.keyring import Keyring
 from appliance.types import BlockLayout, Fingerprint
 
@@ -28,22 +30,65 @@ log = logging.getLogger(__name__)
 
 _INDEX_FOLDER = "index"
 _SEGMENT_FOLDER = "store"
+_RECORD = "store.json"
+
+
+def store_folder(home: Path, nvme: NvmeSection) -> Path:
+    """Where a home's segments and their index are: another path is another store."""
+    return Path(nvme.path).expanduser().absolute() if nvme.path else home / _SEGMENT_FOLDER
 
 
 def open_below(
     home: Path, keyring: Keyring, nvme: NvmeSection, clock: Callable[[], float] = time.time
 ) -> tuple[SealedTier, Recovered]:
     """The medium below DRAM and its index, made to agree. TierError if it cannot be used at all. Blocking."""
-    folder = Path(nvme.path).expanduser() if nvme.path else home / _SEGMENT_FOLDER
-    tier = NvmeTier(
-        folder,
+    sealed = SealedTier(_medium(NvmeTier, home, keyring, nvme), keyring, clock)
+    index = store_folder(home, nvme) / _INDEX_FOLDER
+    return sealed, recover(sealed, keyring, index, index)
+
+
+def look_below(home: Path, keyring: Keyring, nvme: NvmeSection, scratch: Path) -> tuple[SealedTier, Recovered]:
+    """The same without changing anything: the index is a copy in folder `scratch`, and segments stay as they are."""
+    sealed = SealedTier(_medium(ReadOnlyNvme, home, keyring, nvme), keyring)
+    return sealed, recover(sealed, keyring, store_folder(home, nvme) / _INDEX_FOLDER, scratch)
+
+
+def _medium(kind: type[NvmeTier], home: Path, keyring: Keyring, nvme: NvmeSection) -> NvmeTier:
+    return kind(
+        store_folder(home, nvme),
         capacity_bytes=nvme.capacity,
         segment_bytes=nvme.segment,
         superblock=superblock_maker(keyring),
         direct=nvme.direct,
     )
-    sealed = SealedTier(tier, keyring, clock)
-    return sealed, recover(sealed, keyring, home / _INDEX_FOLDER)
+
+
+def last_opened(home: Path) -> NvmeSection | None:
+    """The settings of the store this home served from last. StateError if the note of it is damaged."""
+    path = home / _RECORD
+    try:
+        return NvmeSection.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise StateError(f"{path} cannot be read; remove it and start the appliance once") from None
+
+
+def _note_opened(home: Path, nvme: NvmeSection) -> None:
+    kept = nvme.model_copy(update={"path": str(store_folder(home, nvme))}) if nvme.path else nvme
+    try:
+        write_private(home / _RECORD, kept.model_dump_json().encode())
+    except OSError as error:
+        log.warning("kvctl verify will not find this store when it is stopped: %s", error.strerror)
+
+
+def _check_size(layout: BlockLayout) -> None:
+    frames, nbytes = len(layout.frames(layout.block_tokens)), record_bytes(layout, layout.block_tokens)
+    if frames > MAX_FRAMES or nbytes > MAX_RECORD_BYTES:
+        raise ConfigError(
+            f"kv.block_tokens: a block of {layout.block_tokens} tokens of this model takes {nbytes} bytes in {frames} "
+            f"parts; a record holds {MAX_RECORD_BYTES} bytes in {MAX_FRAMES} parts"
+        )
 
 
 async def open_store(
@@ -56,7 +101,8 @@ async def open_store(
     nvme: NvmeSection,
     clock: Callable[[], float] = time.time,
 ) -> TieredStore:
-    """The store of one model. ConfigError if the pool is too small for its blocks."""
+    """The store of one model. ConfigError if its blocks are too large for the pool or for a record."""
+    _check_size(layout)
     shape = pool.partition(layout.slot_bytes)
     sealed: SealedTier | None = None
     recovered: Recovered | None = None
@@ -67,6 +113,8 @@ async def open_store(
         except TierError as error:
             notes.append(f"nothing is stored below DRAM: {error}")
             log.error("%s", notes[-1])
+        else:
+            await asyncio.to_thread(_note_opened, home, nvme)
     buffer_bytes = max(kv.read_size, record_bytes(layout, layout.block_tokens))
     return TieredStore(
         keyring=keyring,

@@ -2,19 +2,23 @@
 
 Invariant: afterwards every index entry lies inside a segment of ours, every byte outside an entry was given back, and
 the tier is within its capacity. The segments are the truth; whatever the index lacks is rebuilt from them. Blocking;
-runs before anything else uses tier or index.
+runs before anything else uses tier or index, in steps that do not keep other threads waiting.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from struct import Struct
 
 from appliance.errors import IntegrityError, TierError
 from appliance.kv.check import remove, renew
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry
+from appliance.kv.policy import LeafFirstLru
+from appliance.kv.runs import Runs
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, SegmentInfo
 from appliance.kv.tiers.files import tier_error
 from appliance.kv.tiers.sealed import Found, Scratch, SealedTier
@@ -22,6 +26,12 @@ from appliance.security.keyring import Keyring
 from appliance.types import BlockId, Tokens
 
 log = logging.getLogger(__name__)
+
+_AGE = Struct(">QQ32s32s")
+"""Last use, depth, block, parent: in the order of these bytes blocks are evicted."""
+_DEEPEST = 2**64 - 1
+_BATCH = 4096
+"""Blocks of one index transaction of a rebuild."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Mended:
     """Index entries dropped: their segment is missing, short or set aside."""
     quarantined: int = 0
     """Segments set aside."""
+    unread: int = 0
+    """Pages that the medium could not read while the index was rebuilt: what began there is lost."""
     evicted: int = 0
     """Blocks beyond the capacity."""
 
@@ -44,6 +56,7 @@ class Mended:
             (self.found, "the index was missing or damaged: rebuilt from {} records"),
             (self.dangling, "{} blocks were lost with their segments"),
             (self.quarantined, "{} segments do not verify and were set aside"),
+            (self.unread, "{} pages cannot be read; the blocks in them are lost"),
         )
         return tuple(text.format(n) for n, text in said if n)
 
@@ -56,38 +69,113 @@ class Recovered:
     """An index and its segments that agree."""
 
     index: Index
-    entries: dict[BlockId, IndexEntry]
-    """Everything that is stored."""
-    adopted: int
-    """Good records beyond a committed end: durable before the crash, but not yet indexed."""
+    policy: LeafFirstLru
+    """Everything that is stored, in the order of eviction."""
+    tokens: int
+    newest_us: int
     mended: Mended
 
 
-def recover(sealed: SealedTier, keyring: Keyring, folder: Path) -> Recovered:
-    """TierError if the medium, or the folder of the index, cannot be used at all."""
+def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path) -> Recovered:
+    """Start with the index in folder `source` and keep the outcome in folder `target`, which is the same one to serve from.
+
+    TierError if the medium, or a folder, cannot be used at all.
+    """
     segments, quarantined = _own_segments(sealed)
-    index, rebuilt = _open_index(sealed, keyring, folder)
-    entries = dict(index.entries())
-    committed = index.ends()
-    lost = [block for block, entry in entries.items() if entry.extent.end > segments.get(entry.extent.segment, 0)]
-    for block in lost:
-        del entries[block]
-    index.apply(Changes(removed=lost, gone=[number for number in committed if number not in segments]))
-    known = len(entries)
-    live: dict[int, list[Extent]] = {number: [] for number in segments}
-    for number, end in segments.items():
-        added = _scan(sealed, entries, number, committed.get(number, ALIGN_BYTES), end, heads_only=rebuilt)
-        end = max((entry.extent.end for entry, _ in added.values()), default=committed.get(number, ALIGN_BYTES))
-        index.apply(Changes(added=added, ends={number: end}))
-        entries.update((block, entry) for block, (entry, _) in added.items())
-    found = len(entries) - known
-    for entry in entries.values():
-        live[entry.extent.segment].append(entry.extent)
-    for number, extents in live.items():
-        sealed.tier.settle(number, extents)
-    evicted = _fit(sealed, index, entries)
-    mended = Mended(found if rebuilt else 0, len(lost), quarantined, evicted)
-    return Recovered(index, entries, 0 if rebuilt else found, mended)
+    index, rebuilt = _open_index(sealed, keyring, source / FILE_NAME, target / FILE_NAME)
+    try:
+        census = _Census()
+        pending = _Pending()
+        for block, entry in index.entries():
+            if entry.extent.end > segments.get(entry.extent.segment, 0):
+                pending.removed.add(block)
+            else:
+                census.add(block, entry)
+        dangling, known = len(pending.removed), census.blocks
+        committed = index.ends()
+        pending.gone.extend(number for number in committed if number not in segments)
+        unread = 0
+        for number, end in segments.items():
+            start = committed.get(number, ALIGN_BYTES)
+            for record in _records(sealed, number, start, end, heads_only=rebuilt):
+                if record is None:
+                    unread += rebuilt
+                elif not pending.knows(index, record.meta.identity.block):
+                    census.add(record.meta.identity.block, pending.add(record))
+                    if len(pending.added) == _BATCH:
+                        pending = pending.applied(index)
+        pending.applied(index)
+        found = census.blocks - known
+        if found and not rebuilt:
+            log.info("%d records were written but not indexed when the appliance ended; they are now", found)
+        for number in segments:
+            sealed.tier.settle(number, census.extents(number))
+        policy = census.policy()
+        evicted = _fit(sealed, index, policy)
+    except BaseException:
+        index.close()
+        raise
+    mended = Mended(found if rebuilt else 0, dangling, quarantined, unread, len(evicted))
+    tokens = census.tokens - sum(entry.n_tokens for entry in evicted)
+    return Recovered(index, policy, tokens, census.newest_us, mended)
+
+
+class _Census:
+    """What is stored, packed: its parts are let go as policy() and extents() give them out."""
+
+    def __init__(self) -> None:
+        self.blocks = self.tokens = self.newest_us = 0
+        self._ages = Runs()
+        self._places: dict[int, array[int]] = {}
+
+    def add(self, block: BlockId, entry: IndexEntry) -> None:
+        self.blocks += 1
+        self.tokens += entry.n_tokens
+        self.newest_us = max(self.newest_us, entry.used_us)
+        self._ages.add(_AGE.pack(entry.used_us, _DEEPEST - entry.start, block, entry.parent))
+        extent = entry.extent
+        self._places.setdefault(extent.segment, array("Q")).extend((extent.offset, extent.length))
+
+    def extents(self, segment: int) -> list[Extent]:
+        places = iter(self._places.pop(segment, ()))
+        return [Extent(segment, offset, length) for offset, length in zip(places, places, strict=True)]
+
+    def policy(self) -> LeafFirstLru:
+        """One use stamps a whole prefix, so of equal stamps the deeper goes first. A parent and its name are one object."""
+        policy = LeafFirstLru()
+        parents: dict[bytes, BlockId] = {}
+        for packed in self._ages.drain():
+            _, _, block, parent = _AGE.unpack(packed)
+            policy.add(parents.pop(block, block), parents.setdefault(parent, parent))
+        return policy
+
+
+@dataclass
+class _Pending:
+    """Changes of the index that wait for their transaction."""
+
+    added: dict[BlockId, tuple[IndexEntry, Tokens]] = field(default_factory=dict)
+    removed: set[BlockId] = field(default_factory=set)
+    gone: list[int] = field(default_factory=list)
+    ends: dict[int, int] = field(default_factory=dict)
+
+    def knows(self, index: Index, block: BlockId) -> bool:
+        return block in self.added or (block not in self.removed and bool(index.get_many([block])))
+
+    def add(self, record: Found) -> IndexEntry:
+        """Records of a segment come in order, so its committed end grows."""
+        identity, extent = record.meta.identity, record.extent
+        payload_bytes, n_tokens = sum(record.meta.frame_bytes), len(identity.tokens)
+        entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, record.seq)
+        self.added[identity.block] = (entry, identity.tokens)
+        self.ends[extent.segment] = extent.end
+        return entry
+
+    def applied(self, index: Index) -> _Pending:
+        """What waits then: nothing."""
+        if self.added or self.removed or self.gone:
+            index.apply(Changes(added=self.added, removed=list(self.removed), ends=self.ends, gone=self.gone))
+        return _Pending()
 
 
 def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], int]:
@@ -105,17 +193,12 @@ def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], int]:
     return ends, quarantined
 
 
-def _scan(
-    sealed: SealedTier, known: Container[BlockId], number: int, start: int, end: int, *, heads_only: bool
-) -> dict[BlockId, tuple[IndexEntry, Tokens]]:
-    """Records of [start, end) of a segment that are not known yet; those that open as a whole, unless `heads_only`."""
-    found: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
+def _records(sealed: SealedTier, number: int, start: int, end: int, *, heads_only: bool) -> Iterator[Found | None]:
+    """Records of [start, end) of a segment, those that open as a whole unless `heads_only`; None for an unreadable page."""
     scratch = Scratch()
     for record in sealed.heads(number, start, end):
-        block = record.meta.identity.block
-        if block not in known and (heads_only or _opens(sealed, record.extent, scratch)):
-            found[block] = (_entry(record), record.meta.identity.tokens)
-    return found
+        if record is None or heads_only or _opens(sealed, record.extent, scratch):
+            yield record
 
 
 def _is_ours(sealed: SealedTier, info: SegmentInfo) -> bool:
@@ -128,20 +211,19 @@ def _is_ours(sealed: SealedTier, info: SegmentInfo) -> bool:
     return True
 
 
-def _open_index(sealed: SealedTier, keyring: Keyring, folder: Path) -> tuple[Index, bool]:
+def _open_index(sealed: SealedTier, keyring: Keyring, source: Path, target: Path) -> tuple[Index, bool]:
     """The checked index, or an empty one that is to be rebuilt (True)."""
-    path = folder / FILE_NAME
     # 4 bytes of token id for at least some hundred bytes of KV: an eighth of the tier is far more than is ever used
     map_bytes = 2**30 + sealed.tier.properties.capacity_bytes // 8 // ALIGN_BYTES * ALIGN_BYTES
     secret, uuid = keyring.index_key, keyring.store_uuid
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if renew(path, index_key=secret, store_uuid=uuid, map_bytes=map_bytes):
-            return Index(path, index_key=secret, store_uuid=uuid, map_bytes=map_bytes), False
-        remove(path)
-        return Index(path, index_key=secret, store_uuid=uuid, map_bytes=map_bytes, create=True), True
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if renew(source, target, index_key=secret, store_uuid=uuid, map_bytes=map_bytes):
+            return Index(target, index_key=secret, store_uuid=uuid, map_bytes=map_bytes), False
+        remove(target)
+        return Index(target, index_key=secret, store_uuid=uuid, map_bytes=map_bytes, create=True), True
     except OSError as error:
-        raise tier_error(error, f"cannot use {folder}") from None
+        raise tier_error(error, f"cannot use {target.parent}") from None
 
 
 def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
@@ -152,29 +234,21 @@ def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
     return True
 
 
-def _entry(record: Found) -> IndexEntry:
-    identity = record.meta.identity
-    return IndexEntry(
-        record.extent, sum(record.meta.frame_bytes), len(identity.tokens), identity.start, identity.parent, record.seq
-    )
-
-
-def _fit(sealed: SealedTier, index: Index, entries: dict[BlockId, IndexEntry]) -> int:
-    """Evict, least recently used and deepest first, until the tier is within a capacity that may be smaller than before."""
-    before = len(entries)
-    order = iter(by_age(entries))
+def _fit(sealed: SealedTier, index: Index, policy: LeafFirstLru) -> list[IndexEntry]:
+    """Evict until the tier is within a capacity that may be smaller than before."""
+    evicted: list[IndexEntry] = []
     while excess := sealed.tier.shortfall(b"", ()):
-        victims: list[BlockId] = []
-        while excess > 0 and (block := next(order, None)) is not None:
-            victims.append(block)
-            excess -= entries[block].extent.length
+        victims: dict[BlockId, IndexEntry] = {}
+        for block in policy.oldest_first():
+            if excess <= 0:
+                break
+            victims.update(found := index.get_many([block]))
+            excess -= sum(entry.extent.length for entry in found.values())
         if not victims:
             break
-        index.apply(Changes(removed=victims))
-        sealed.tier.free([entries.pop(block).extent for block in victims])
-    return before - len(entries)
-
-
-def by_age(entries: dict[BlockId, IndexEntry]) -> list[BlockId]:
-    """Blocks in the order of eviction: one use stamps a whole prefix, so of equal stamps the deeper goes first."""
-    return sorted(entries, key=lambda block: (entries[block].used_us, -entries[block].start))
+        index.apply(Changes(removed=list(victims)))
+        sealed.tier.free([entry.extent for entry in victims.values()])
+        for block in victims:
+            policy.remove(block)
+        evicted += victims.values()
+    return evicted

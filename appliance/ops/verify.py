@@ -1,18 +1,20 @@
 """kvctl verify without a running appliance.
 
-Invariant: opens the store the way a start does, so start-up recovery has mended what it can before records are read, and
-the report tells of it. Blocking.
+Invariant: it looks at the store the appliance served from last. Repairing opens it as a start does; otherwise nothing in
+it changes, and what a start would mend is reported. Blocking.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from appliance.api.control import VerifyProgress
 from appliance.config import Profile
+from appliance.errors import StateError
 from appliance.kv.durable import Durable
-from appliance.kv.opening import open_below
+from appliance.kv.opening import last_opened, look_below, open_below, store_folder
 from appliance.kv.verify import verify as verify_records
 from appliance.ops.home_lock import only_one
 from appliance.ops.init import key_file
@@ -21,9 +23,14 @@ from appliance.security.keyring import Keyring
 
 def verify(home: Path, profile: Profile, *, repair: bool) -> Iterator[VerifyProgress]:
     """Progress, and last the report. StateError or TierError if the store cannot be opened."""
-    with only_one(home):
+    with only_one(home), TemporaryDirectory(dir=home, prefix=".verify-") as scratch:
         keyring = Keyring.open(home, key_file(home, profile))
-        sealed, recovered = open_below(home, keyring, profile.tiers.nvme)
+        last = last_opened(home)
+        nvme = last or profile.tiers.nvme
+        if last and not (folder := store_folder(home, last)).is_dir():
+            raise StateError(f"{folder} is gone, where this appliance stored its blocks: is its disk mounted?")
+        opened = open_below(home, keyring, nvme) if repair else look_below(home, keyring, nvme, Path(scratch))
+        sealed, recovered = opened
         durable = Durable(sealed, recovered.index)
         try:
             yield from verify_records(

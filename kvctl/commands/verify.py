@@ -26,7 +26,8 @@ def verify(
 ) -> None:
     """Open every record and cross-check the index.
 
-    Works whether the appliance runs or not. Exit code 9 tells of damage that is still there.
+    Works whether the appliance runs or not; of a stopped one it reads the store that was served last, and without
+    --repair changes nothing in it. Exit code 9 tells of damage that is still there.
     """
     report = _follow(_start(locate(ctx, home), profile, repair))
     if as_json:

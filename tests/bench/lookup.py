@@ -16,6 +16,7 @@ from pathlib import Path
 
 from appliance.kv.base import NewBlock
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry
+from appliance.kv.policy import LeafFirstLru
 from appliance.kv.recovery import NOTHING_MENDED, Recovered
 from appliance.kv.store import TieredStore
 from appliance.kv.tiers.base import Extent
@@ -56,8 +57,8 @@ async def _measure(home: Path) -> LookupTimes:
     index = Index(
         home / FILE_NAME, index_key=os.urandom(32), store_uuid=ring.store_uuid, map_bytes=16 * 2**30, create=True
     )
-    entries = _fill(index, _store(home / "empty", ring, index, {}).missing(NS, prompt))
-    store = _store(home / "full", ring, index, entries)
+    policy = _fill(index, _store(home / "empty", ring, index, LeafFirstLru()).missing(NS, prompt))
+    store = _store(home / "full", ring, index, policy)
     times = []
     for _ in range(LOOKUPS):
         started_s = time.perf_counter()
@@ -65,10 +66,10 @@ async def _measure(home: Path) -> LookupTimes:
         times.append(time.perf_counter() - started_s)
         if len(found.hits) != PROMPT_TOKENS // LAYOUT.block_tokens:
             raise SystemExit(f"the lookup found {len(found.hits)} blocks")
-    return LookupTimes(len(entries), PROMPT_TOKENS, statistics.median(times), max(times))
+    return LookupTimes(len(policy), PROMPT_TOKENS, statistics.median(times), max(times))
 
 
-def _store(folder: Path, ring: Keyring, index: Index, entries: dict[BlockId, IndexEntry]) -> TieredStore:
+def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru) -> TieredStore:
     pool = DramPool(4 * LAYOUT.slot_bytes, lock=False)
     tier = NvmeTier(folder, capacity_bytes=2**42, segment_bytes=2**28, superblock=superblock_maker(ring))
     return TieredStore(
@@ -79,18 +80,18 @@ def _store(folder: Path, ring: Keyring, index: Index, entries: dict[BlockId, Ind
         shape=pool.partition(LAYOUT.slot_bytes),
         transfers=TransferPool(1, RECORD_BYTES),
         sealed=SealedTier(tier, ring, time.time),
-        recovered=Recovered(index, entries, adopted=0, mended=NOTHING_MENDED),
+        recovered=Recovered(index, policy, tokens=0, newest_us=0, mended=NOTHING_MENDED),
         write_behind_bytes=2**30,
         read_bytes=2**23,
         clock=time.time,
     )
 
 
-def _fill(index: Index, prompt: Sequence[NewBlock]) -> dict[BlockId, IndexEntry]:
+def _fill(index: Index, prompt: Sequence[NewBlock]) -> LeafFirstLru:
     """The prompt's full blocks spread among others."""
     ours = iter(new for new in prompt if len(new.tokens) == LAYOUT.block_tokens)
     stride = BLOCKS // len(prompt)
-    entries: dict[BlockId, IndexEntry] = {}
+    policy = LeafFirstLru()
     batch: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
     for n in range(BLOCKS):
         new = next(ours, None) if n % stride == 0 else None
@@ -98,10 +99,10 @@ def _fill(index: Index, prompt: Sequence[NewBlock]) -> dict[BlockId, IndexEntry]
             new = NewBlock(BlockId(os.urandom(32)), BlockId(os.urandom(32)), 0, Tokens(os.urandom(1024)))
         extent = Extent(n // 80, 4096 + n % 80 * RECORD_BYTES, RECORD_BYTES)
         entry = IndexEntry(extent, 3 * 2**20, len(new.tokens), new.start, new.parent, n)
-        entries[new.block] = entry
+        policy.add(new.block, new.parent)
         batch[new.block] = (entry, new.tokens)
         if len(batch) == _BATCH:
             index.apply(Changes(added=batch))
             batch = {}
     index.apply(Changes(added=batch))
-    return entries
+    return policy

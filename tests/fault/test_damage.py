@@ -237,7 +237,7 @@ def test_a_damaged_index_is_rebuilt_and_nothing_is_lost(
     with appliance(tmp_path) as served:
         cold = served.complete(tokens)
         served.stop()
-        index = tmp_path / "index" / "index.lmdb"
+        index = tmp_path / "store" / "index" / "index.lmdb"
         if damage is None:
             index.unlink()
         else:
@@ -257,7 +257,7 @@ async def test_damage_anywhere_in_the_index_file(tmp_path: Path) -> None:
     async with bare_engine() as engine:
         async with engine.serving(tmp_path) as served:
             cold = [await served.ask(tokens) for tokens in prompts]
-        index = tmp_path / "index" / "index.lmdb"
+        index = tmp_path / "store" / "index" / "index.lmdb"
         whole = index.read_bytes()
         chance = random.Random(2)
         rebuilds, places = 0.0, 0

@@ -116,7 +116,7 @@ def test_an_index_of_another_format_version_is_rebuilt(tmp_path: Path, monkeypat
     with appliance(tmp_path) as served:
         mine = asked(served)
         served.stop()
-        path = tmp_path / "index" / index.FILE_NAME
+        path = tmp_path / "store" / "index" / index.FILE_NAME
         path.unlink()
         monkeypatch.setattr(index, "FORMAT_VERSION", 2)
         keyring = Keyring.open(tmp_path, tmp_path / "unlock.key")

@@ -177,7 +177,7 @@ def test_the_search_looked_where_it_says_and_finds_what_is_there(
     served, heard = told
     searched = files(served.home)
     assert any(name.endswith(".seg") and len(data) > BLOCK * 512 for name, data in searched.items())
-    assert {"index/index.lmdb", "keyring.a", "keyring.b", "calibration.json"} <= set(searched)
+    assert {"store/index/index.lmdb", "keyring.a", "keyring.b", "calibration.json"} <= set(searched)
     assert b"DEBUG" in heard["log"]
     assert b"injected" in heard["log"], "what failed was logged"
     if os.geteuid() == 0:

@@ -65,7 +65,7 @@ def records(home: Path) -> list[Record]:
     keyring = Keyring.open(home, home / "unlock.key")
     sealed, recovered = open_below(home, keyring, NvmeSection(capacity=2**30))
     found = []
-    for block, entry in recovered.entries.items():
+    for block, entry in recovered.index.entries():
         tokens = recovered.index.child_tokens(entry.parent, block)
         assert tokens is not None
         extent = entry.extent

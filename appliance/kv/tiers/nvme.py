@@ -82,17 +82,24 @@ class NvmeTier(RecordTier):
         self._unsynced: set[int] = set()
         self._new_files = False
         self._notes: dict[str, None] = {}
+        self._direct = self._prepare(direct)
+        self._flags = os.O_DIRECT if self._direct else 0
+
+    def _prepare(self, direct: bool) -> bool:
+        """Make the folder ready for writing, and find the next number. Returns whether direct I/O is possible."""
         try:
             self._aside.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._direct = direct and supports_direct(folder)
+            possible = direct and supports_direct(self._folder)
+            self._aside.trim()
+            names = [*self._folder.iterdir(), *self._aside.folder.iterdir()]
         except OSError as error:
-            raise tier_error(error, f"cannot use {folder}") from None
-        if direct and not self._direct:
-            self._note(f"{folder} is on a file system without O_DIRECT: reads and writes pass through the page cache")
-        self._flags = os.O_DIRECT if self._direct else 0
-        self._aside.trim()
-        names = [*folder.iterdir(), *self._aside.folder.iterdir()]
+            raise tier_error(error, f"cannot use {self._folder}") from None
         self._next = 1 + max((int(p.stem, 16) for p in names if _NAME.fullmatch(p.name)), default=0)
+        if direct and not possible:
+            self._note(
+                f"{self._folder} is on a file system without O_DIRECT: reads and writes pass through the page cache"
+            )
+        return possible
 
     # --- writing -------------------------------------------------------------------------------------------------
 

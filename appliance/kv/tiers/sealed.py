@@ -153,25 +153,24 @@ class SealedTier:
             data_key=self._keyring.data_key,
         )
 
-    def heads(self, segment: int, start: int, end: int) -> Iterator[Found]:
+    def heads(self, segment: int, start: int, end: int) -> Iterator[Found | None]:
         """Records of [start, end) whose head verifies, in order; steps over holes and whatever is no record.
 
-        A range the medium cannot read ends the scan.
+        None for each page that the medium cannot read. TierError if it cannot tell where data is.
         """
         buffer = aligned_buffer(32 * ALIGN_BYTES)  # the largest head there is, and more
         position = start
-        try:
-            while (data := self.tier.next_data(segment, position)) is not None and data < end:
-                position = data
-                try:
-                    found = self._head(segment, position, end, buffer)
-                except IntegrityError:
-                    position += ALIGN_BYTES
-                    continue
-                yield found
-                position = found.extent.end
-        except TierIO:
-            return
+        while (data := self.tier.next_data(segment, position)) is not None and data < end:
+            position = data + ALIGN_BYTES
+            try:
+                found = self._head(segment, data, end, buffer)
+            except IntegrityError:
+                continue
+            except TierIO:
+                yield None
+                continue
+            yield found
+            position = found.extent.end
 
     def _head(self, segment: int, offset: int, end: int, buffer: memoryview) -> Found:
         self.tier.read(Extent(segment, offset, ALIGN_BYTES), buffer)
