@@ -121,7 +121,7 @@ def test_the_capacity_holds_while_writing_and_at_a_smaller_start(tmp_path: Path)
     folder = tmp_path / "store"
 
     def on_disk() -> int:
-        return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_blocks * 512 for path in folder.rglob("*.seg"))
 
     small = {"tiers.nvme.capacity": "2MiB", "tiers.nvme.segment": "256KiB"}
     with appliance(tmp_path, small) as served:
