@@ -2,7 +2,7 @@
 
 Invariant: an entry is added only after its record is durable and removed, durably, before its bytes are freed. Every
 value is authenticated under the index key together with its own key: a value that does not verify does not exist.
-Threading: one writer at a time (`apply`); reads from any thread beside it.
+Threading: one writer at a time (`apply`); reads from any thread beside it, none beside `close`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import hmac
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
@@ -21,7 +22,7 @@ import lmdb
 
 from appliance.errors import IntegrityError, TierError, TierFull, TierIO
 from appliance.kv.keys import length_prefixed
-from appliance.kv.siblings import SiblingCache
+from appliance.kv.siblings import Child, SiblingCache
 from appliance.kv.tiers.base import Extent
 from appliance.security.seal import NONCE_BYTES, Xaes
 from appliance.types import BlockId, Tokens
@@ -33,6 +34,8 @@ _BLOCK = Struct("<QQQQQII32s")
 _SEGMENT = Struct("<Q")
 _U64 = Struct(">Q")  # big-endian keys: LMDB's order is the order of segments
 _META = Struct("<I16s")
+_AT_ONCE = 1024
+"""Children that are decrypted while a lookup waits: about 10 ms."""
 _MAC_BYTES = 16
 _ID_BYTES = 32
 
@@ -80,6 +83,8 @@ class Index:
         self._mac = hashlib.blake2b(key=_derive(index_key, b"mac"), digest_size=_MAC_BYTES)
         self._xaes = Xaes(_derive(index_key, b"children"))
         self._siblings = SiblingCache()
+        self._reader = ThreadPoolExecutor(1, "index")
+        self._closing = False
         try:
             self._env = lmdb.open(
                 str(path),
@@ -113,23 +118,45 @@ class Index:
             found = cursor.getmulti(list(blocks))
         return {BlockId(key): _unpack(value) for key, value in found if self._genuine(key, value)}
 
-    def children(self, parent: BlockId) -> list[tuple[bytes, BlockId]]:
-        """(token bytes, block) of every child, sorted by token bytes. The list is a shared one: do not change it."""
+    def children(self, parent: BlockId) -> list[Child]:
+        """(token bytes, block) of the children, sorted by token bytes. The list is a shared one: do not change it.
+
+        Of a parent not asked for lately these are _AT_ONCE children, until a thread has read the others behind them; of
+        more than FAMILY children so many.
+        """
         known = self._siblings.get(parent)
         if known is not None:
             return known
-        found: list[tuple[bytes, BlockId]] = []
-        version = self._siblings.version()
-        with self._cursor(self._children) as cursor:
-            more = cursor.set_range(parent)
-            while more and (key := cursor.key()).startswith(parent):
-                tokens = self._open_tokens(key, cursor.value())
-                if tokens is not None:
-                    found.append((tokens, BlockId(key[_ID_BYTES:])))
-                more = cursor.next()
-        found.sort()
-        self._siblings.put(parent, found, version)
-        return found
+        self._siblings.begin(parent)
+        rest = self._read_children(parent, parent)
+        if rest is not None:
+            self._reader.submit(self._read_on, parent, rest)
+        return self._siblings.get(parent) or []
+
+    def _read_children(self, parent: BlockId, start: bytes) -> bytes | None:
+        """Decrypt _AT_ONCE children from key `start` on. Returns where to go on, if there is more and use for it."""
+        found: list[Child] = []
+        rest: bytes | None = None
+        try:
+            with self._cursor(self._children) as cursor:
+                more = cursor.set_range(start)
+                while more and (key := cursor.key()).startswith(parent):
+                    if len(found) == _AT_ONCE:
+                        rest = key
+                        break
+                    tokens = self._open_tokens(key, cursor.value())
+                    if tokens is not None:
+                        found.append((tokens, BlockId(key[_ID_BYTES:])))
+                    more = cursor.next()
+        except TierError:
+            self._siblings.forget(parent)
+            raise
+        return rest if self._siblings.merge(parent, found, last=rest is None) else None
+
+    def _read_on(self, parent: BlockId, rest: bytes | None) -> None:
+        with suppress(TierError):  # forgotten: the next lookup begins anew
+            while rest is not None and not self._closing:
+                rest = self._read_children(parent, rest)
 
     def child_tokens(self, parent: BlockId, block: BlockId) -> Tokens | None:
         """Token ids of one block."""
@@ -218,6 +245,8 @@ class Index:
             self._siblings.add(entry.parent, tokens.data, block)
 
     def close(self) -> None:
+        self._closing = True
+        self._reader.shutdown()
         self._env.close()
 
     def _touch(self, txn: Any, block: BlockId, used_us: int) -> None:

@@ -125,7 +125,7 @@ class _Census:
 
     def __init__(self) -> None:
         self.blocks = self.tokens = self.newest_us = 0
-        self._ages = Runs()
+        self._ages = Runs(_AGE.size)
         self._places: dict[int, array[int]] = {}
 
     def add(self, block: BlockId, entry: IndexEntry) -> None:

@@ -34,7 +34,7 @@ def verify(
     index_missing: records that were found again because the index was gone. index_dangling: entries without a readable record.
     """
     started_s = time.perf_counter()
-    places = Runs()
+    places = Runs(_PLACE.size)
     for block, entry in index.entries():
         places.add(_PLACE.pack(entry.extent.segment, entry.extent.offset, block))
     total = len(places)
