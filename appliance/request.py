@@ -132,6 +132,7 @@ class RequestRun:
         request, loaded = self.request, self._loaded
         was_alone = alone()
         hits = self._store.lookup(request.ns, request.prompt).hits
+        self._store.touch(hits)  # what is resident, or computed anew, is not staged and yet used
         self._decision = decide(len(request.prompt), loaded.present, pieces_of(hits), self._cost)
         wanted = [
             hit for hit in hits if hit.start + hit.use_tokens > loaded.present and hit.start < self._decision.load_to

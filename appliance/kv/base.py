@@ -119,6 +119,10 @@ class KVStore(ABC):
         """Blocks of `tokens`, tail included, that no tier holds or covers. Parents before children."""
 
     @abstractmethod
+    def touch(self, hits: Sequence[Hit]) -> None:
+        """The prefix that ends with these hits of a lookup is used, whichever tier serves it, hbm included."""
+
+    @abstractmethod
     def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
         """Bring consecutive hits into DRAM and yield them in order, in runs, as they arrive. Touches recency.
 

@@ -88,14 +88,14 @@ class Below:
 
     def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
         """A prefix that ends with the last of these blocks is used now."""
-        self._newest_us = max(self._newest_us, used_us)
-        self._used.update((block, used_us) for block in blocks if block in self.policy)
-        self.policy.touch(blocks[-1])
+        touched = self.policy.touch(blocks)
+        self._used.update(dict.fromkeys(touched, used_us))
+        self._newest_us = max(self._newest_us, used_us if touched else 0)
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
     def quarantine(self, block: BlockId) -> None:
-        """Never offer it again; its children are found again once it was computed and stored anew."""
+        """Offer it no more until it was computed and stored anew, which also makes its children found again."""
         self._counts["quarantined_total"] += 1
         self._leave([block])
         self.spawn(self._drop_quarantined(block))
@@ -104,7 +104,7 @@ class Below:
         async with self._turn:
             try:
                 await self._erase([block])
-            except TierError as error:  # stays on its way out until the next start
+            except TierError as error:  # on its way out until it is stored anew, or the next start
                 self._failed(error)
 
     async def store(self, blocks: Sequence[Plain]) -> None:
@@ -113,6 +113,8 @@ class Below:
             blocks = [plain for plain in blocks if plain.identity.block not in self.policy]
             if not blocks:
                 return
+            for plain in blocks:  # to store a block is to use the prefix it ends
+                self.touch([plain.identity.parent], self._now_us())
             lane = self.sealed.lane(blocks[0].identity.tenant)
             lengths = [record_bytes(self._layout, len(plain.identity.tokens)) for plain in blocks]
             superseded = self._superseded(blocks)
@@ -166,8 +168,8 @@ class Below:
         return [block for block in found if block in self.policy and not self.loads.reading[block]]
 
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
-        used, self._used = self._used, {}
         now_us = self._now_us()
+        used, self._used = self._used, {}
 
         def job(buffer: memoryview) -> int:
             return self._durable.append(blocks, self._layout, now_us, buffer, superseded=superseded, used=used)
@@ -177,13 +179,14 @@ class Below:
         except TierError:
             self._used = {**used, **self._used}
             raise
-        self._leaving.difference_update(superseded)
+        names = [plain.identity.block for plain in blocks]
+        self._leaving.difference_update(superseded, names)
         parents = {plain.identity.parent for plain in blocks}
         for plain in blocks:
             self.policy.add(plain.identity.block, plain.identity.parent)
-        for plain in blocks:
-            if plain.identity.block not in parents:
-                self.policy.touch(plain.identity.block)
+        for block in names:
+            if block not in parents:
+                self.policy.touch([block])
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
         self._newest_us = max(self._newest_us, now_us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)

@@ -29,7 +29,8 @@ class Durable:
         superseded: Sequence[BlockId],
         used: dict[BlockId, int],
     ) -> int:
-        """Store blocks of one tenant, forget what they supersede and stamp what was used. Returns the tokens that went.
+        """Store blocks of one tenant, forget what they supersede or replace, and stamp what was used. Returns the tokens
+        that went.
 
         `buffer` is scratch for the sealed bytes. TierError: nothing changed.
         """
@@ -45,7 +46,7 @@ class Durable:
             added[identity.block] = (entry, identity.tokens)
             ends[extent.segment] = max(ends.get(extent.segment, 0), extent.end)
         try:
-            gone = self.index.get_many(superseded)
+            gone = self.index.get_many([*superseded, *added])
             self.index.apply(Changes(added, list(gone), used, ends))
         except TierError:
             self.sealed.tier.free(extents)

@@ -33,6 +33,9 @@ class NullStore(KVStore):
     def missing(self, ns: Namespace, tokens: Tokens) -> list[NewBlock]:
         return []
 
+    def touch(self, hits: Sequence[Hit]) -> None:
+        assert not hits, "nothing is ever found here"
+
     async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
         assert not hits, "nothing is ever found here"
         return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
 from appliance.types import BlockId
 
@@ -18,8 +18,11 @@ class EvictionPolicy(ABC):
         """A block the tier now holds; newer than all others. `parent` may be a block the tier does not hold."""
 
     @abstractmethod
-    def touch(self, leaf: BlockId) -> None:
-        """The prefix that ends with `leaf` was used: of its blocks the first becomes the newest."""
+    def touch(self, blocks: Sequence[BlockId]) -> list[BlockId]:
+        """The prefix that ends with the last of these the tier holds was used: of its blocks the first becomes the newest.
+
+        Returns all that were used, those before `blocks` included.
+        """
 
     @abstractmethod
     def remove(self, block: BlockId) -> None:
@@ -53,11 +56,14 @@ class LeafFirstLru(EvictionPolicy):
         self._parents[block] = parent
         self._parents.move_to_end(block)
 
-    def touch(self, leaf: BlockId) -> None:
-        block: BlockId | None = leaf
+    def touch(self, blocks: Sequence[BlockId]) -> list[BlockId]:
+        block = next((block for block in reversed(blocks) if block in self._parents), None)
+        touched: list[BlockId] = []
         while block is not None and (parent := self._parents.get(block)) is not None:
             self._parents.move_to_end(block)
+            touched.append(block)
             block = BlockId(parent)
+        return touched
 
     def remove(self, block: BlockId) -> None:
         self._parents.pop(block, None)

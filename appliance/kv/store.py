@@ -95,14 +95,16 @@ class TieredStore(KVStore):
 
     # --- staging ---------------------------------------------------------------------------------------------------
 
+    def touch(self, hits: Sequence[Hit]) -> None:
+        blocks, now_us = [hit.block for hit in hits], self._now_us()
+        self._dram.touch(blocks, now_us)
+        if self._below is not None:
+            self._below.touch(blocks, now_us)
+
     async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
         if not hits:
             return
-        used_us = self._now_us()
-        blocks = [hit.block for hit in hits]
-        self._dram.touch(blocks, used_us)
-        if self._below is not None:
-            self._below.touch(blocks, used_us)
+        self.touch(hits)
         staging = Stage(
             self._dram,
             self._below,
@@ -112,7 +114,7 @@ class TieredStore(KVStore):
             hash_key=self._finder.hash_key(ns),
             tokens=tokens,
             hits=hits,
-            used_us=used_us,
+            used_us=self._now_us(),
         )
         runs = staging.runs()
         try:

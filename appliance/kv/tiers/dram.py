@@ -185,11 +185,8 @@ class DramTable:
 
     def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
         """A prefix that ends with the last of these blocks is used now."""
-        here = [entry for block in blocks if (entry := self._entries.get(block)) is not None]
-        for entry in here:
-            entry.used_us = used_us
-        if here:
-            self.policy.touch(here[-1].block)
+        for block in self.policy.touch(blocks):
+            self._entries[block].used_us = used_us
 
     def put(
         self,
