@@ -21,6 +21,7 @@ def test_a_tenant_added_while_it_runs_starts_cold_with_the_same_prompt(served: A
         served.stop()
         served.start()
     with served.client(added["api_key"]) as bob:
+        assert bob.get("/metrics").status_code == 403, "they tell of all tenants"
         assert served.complete(tokens, http=bob).cached_tokens == 0
         assert served.complete(tokens, http=bob).cached_tokens == len(tokens) - 1, "his own"
     assert served.complete(tokens).cached_tokens == len(tokens) - 1, "and the first tenant's is still there"
