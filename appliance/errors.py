@@ -8,7 +8,7 @@ KvctlError
 │   └── RequestError      an API request is wrong (4xx); carries param and code for the OpenAI error shape
 ├── StateError            the home is not in the state this needs
 │   ├── NotInitialised    no keyring yet: run `kvctl init`
-│   ├── AlreadyRunning    another appliance owns this home; carries its pid
+│   ├── AlreadyRunning    another appliance owns this home; carries its pid if known
 │   ├── NotRunning        no appliance answers on this home
 │   └── KeyringError      the keyring cannot be opened (wrong key, damaged, loose file mode)
 ├── Overloaded            queue or drain: 429/503 with retry_after_s
@@ -62,7 +62,7 @@ class NotInitialised(StateError): ...
 
 
 class AlreadyRunning(StateError):
-    def __init__(self, message: str, *, pid: int) -> None:
+    def __init__(self, message: str, *, pid: int | None) -> None:
         super().__init__(message)
         self.pid = pid
 

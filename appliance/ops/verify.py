@@ -6,7 +6,8 @@ it changes, and what a start would mend is reported. Blocking.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,13 +24,13 @@ from appliance.security.keyring import Keyring
 
 def verify(home: Path, profile: Profile, *, repair: bool) -> Iterator[VerifyProgress]:
     """Progress, and last the report. StateError or TierError if the store cannot be opened."""
-    with only_one(home), TemporaryDirectory(dir=home, prefix=".verify-") as scratch:
+    with only_one(home), _scratch(home) as scratch:
         keyring = Keyring.open(home, key_file(home, profile))
         last = last_opened(home)
         nvme = last or profile.tiers.nvme
         if last and not (folder := store_folder(home, last)).is_dir():
             raise StateError(f"{folder} is gone, where this appliance stored its blocks: is its disk mounted?")
-        opened = open_below(home, keyring, nvme) if repair else look_below(home, keyring, nvme, Path(scratch))
+        opened = open_below(home, keyring, nvme) if repair else look_below(home, keyring, nvme, scratch)
         sealed, recovered = opened
         durable = Durable(sealed, recovered.index)
         try:
@@ -38,3 +39,13 @@ def verify(home: Path, profile: Profile, *, repair: bool) -> Iterator[VerifyProg
             )
         finally:
             durable.close()
+
+
+@contextmanager
+def _scratch(home: Path) -> Generator[Path, None, None]:
+    try:
+        folder = TemporaryDirectory(dir=home, prefix=".verify-")
+    except OSError as error:
+        raise StateError(f"cannot write to {home}: {error.strerror}") from None
+    with folder as name:
+        yield Path(name)

@@ -1,7 +1,7 @@
 """The keyring of a home: two copies on disk, one snapshot in memory.
 
-Invariant: each copy is replaced as a whole, and both hold the newest state once a change returns, so one damaged copy
-loses nothing. Keys in clear exist only in this process. Threading: readers see one immutable snapshot; changes hold a
+Invariant: each copy is replaced as a whole, and a change that returns is durable in one of them at least; whoever opens
+the keyring next makes both equal, so one damaged copy loses nothing. Keys in clear exist only in this process. Threading: readers see one immutable snapshot; changes hold a
 lock file, so threads and processes take turns, and each change starts from what is on disk.
 """
 
@@ -149,9 +149,16 @@ def _read_key(path: Path) -> bytes:
 
 
 def _write(home: Path, state: State) -> None:
+    """Both copies; one is enough, since the next load makes the other equal. OSError if there is none."""
     data = encode(state)
+    failed: list[OSError] = []
     for name in COPIES:
-        write_private(home / name, data)
+        try:
+            write_private(home / name, data)
+        except OSError as error:
+            failed.append(error)
+    if len(failed) == len(COPIES):
+        raise failed[0]
 
 
 def _load(home: Path, key_file: Path) -> State:
