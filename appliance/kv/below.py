@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from appliance.errors import TierError, TierFull
 from appliance.kv.breaker import Breaker
+from appliance.kv.counts import TierCounts
 from appliance.kv.durable import Durable
 from appliance.kv.index import Changes, IndexEntry
-from appliance.kv.loads import Loads, failed
+from appliance.kv.loads import Loads
 from appliance.kv.record import record_bytes
 from appliance.kv.recovery import Recovered
 from appliance.kv.siblings import strict_prefixes
@@ -46,10 +47,11 @@ class Below:
         self._layout = layout
         self._clock = clock
         self._tier = sealed.tier.properties.tier
+        self._count = TierCounts(counts, self._tier)
         self._notes = recovered.mended.notes
         counts["index_rebuilds_total"] += recovered.mended.found > 0
         counts["quarantined_segments_total"] += recovered.mended.quarantined
-        self._count("evicted_blocks_total", recovered.mended.evicted)
+        self._count.add("evicted_blocks_total", recovered.mended.evicted)
         self._tokens = recovered.tokens
         self._newest_us = recovered.newest_us
         self._used: dict[BlockId, int] = {}
@@ -68,14 +70,14 @@ class Below:
         try:
             return self.index.get_many(b for b in blocks if b not in self._leaving)
         except TierError as error:
-            self._failed(error)
+            self._count.failed(error)
             return {}
 
     def children(self, parent: BlockId) -> list[tuple[bytes, BlockId]]:
         try:
             found = self.index.children(parent)
         except TierError as error:
-            self._failed(error)
+            self._count.failed(error)
             return []
         return [child for child in found if child[1] not in self._leaving] if self._leaving else found
 
@@ -83,7 +85,7 @@ class Below:
         try:
             return self.index.child_tokens(parent, block)
         except TierError as error:
-            self._failed(error)
+            self._count.failed(error)
             return None
 
     def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
@@ -105,7 +107,7 @@ class Below:
             try:
                 await self._erase([block])
             except TierError as error:  # on its way out until it is stored anew, or the next start
-                self._failed(error)
+                self._count.failed(error)
 
     async def store(self, blocks: Sequence[Plain]) -> None:
         """Make blocks of one tenant durable, evicting what must go. TierError: none of them is stored."""
@@ -158,7 +160,7 @@ class Below:
         except TierError:
             self._return(victims)
             raise
-        self._count("evicted_blocks_total", len(victims))
+        self._count.add("evicted_blocks_total", len(victims))
 
     def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
         """Tails whose tokens a new sibling begins with."""
@@ -190,7 +192,7 @@ class Below:
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
         self._newest_us = max(self._newest_us, now_us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
-        self._count("store_bytes_total", nbytes)
+        self._count.add("store_bytes_total", nbytes)
 
     async def _erase(self, blocks: Sequence[BlockId]) -> None:
         gone_tokens = await asyncio.wrap_future(
@@ -254,14 +256,8 @@ class Below:
         try:
             await asyncio.to_thread(self.index.apply, Changes(used=self._used))
         except TierError as error:  # stamps only: the next start evicts in a poorer order
-            self._failed(error)
+            self._count.failed(error)
         await asyncio.to_thread(self._durable.close)
 
     def _now_us(self) -> int:
         return int(self._clock() * 1e6)
-
-    def _failed(self, error: TierError) -> None:
-        failed(self._counts, self._tier, error)
-
-    def _count(self, name: str, amount: int) -> None:
-        self._counts[f'{name}{{tier="{self._tier}"}}'] += amount

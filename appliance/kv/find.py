@@ -40,7 +40,7 @@ class Finder:
         below = self._usable_below()
         for n, block in enumerate(names[1:]):
             entry = self._dram.get(block)
-            if entry is None and block not in below:
+            if block not in below if entry is None else not self._comes(entry):
                 break
             tier, state = _where(entry)
             hits.append(Hit(block, names[n], n * size, size, size, tier, state, payload_bytes))
@@ -71,11 +71,15 @@ class Finder:
         """What can be loaded. Nothing while the medium fails: its blocks are worth computing and keeping in DRAM again."""
         return self._below.policy if self._below is not None and self._below.loads.breaker.allows else ()
 
+    def _comes(self, entry: Entry) -> bool:
+        """Whether it is readable or soon will be: not if a failing medium has yet to give it."""
+        return entry.state is not SlotState.LOADING or self._below is None or self._below.loads.breaker.allows
+
     def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
         """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
         rest = tokens[start : start + self._layout.block_tokens]
         best: tuple[int, BlockId, int] | None = None
-        for entry in self._dram.children(parent):
+        for entry in filter(self._comes, self._dram.children(parent)):
             shared = entry.tokens.common_prefix(rest)
             if shared and (best is None or shared > best[0]):
                 best = (shared, entry.block, len(entry.tokens))

@@ -67,8 +67,8 @@ class Stage:
                 self._issue()
                 if self._issued:
                     staged, complete = await self._arrived(self._issued[0])
-                    self._issued.popleft()
                     if staged is not None:
+                        self._issued.popleft()
                         yield staged
                     if not complete:
                         return
@@ -159,6 +159,10 @@ class Stage:
 
     async def _arrived(self, run: _Run) -> tuple[Staged | None, bool]:
         """What of the run is there, and whether that is all of it."""
+        if run.entries[0].state is SlotState.LOADING:
+            assert self._below is not None
+            if not await self._below.loads.answered(run.load or run.entries[0].ready):
+                return None, False
         if run.load is not None:
             loaded = await asyncio.shield(run.load)
             good, seconds = loaded.opened, loaded.seconds

@@ -83,7 +83,7 @@ async def test_a_request_that_hbm_serves_says_so(tmp_path: Path) -> None:
             await fill(store, tokens)
             await store.flush(5)
         cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
-        run = RequestRun(Resident(), store, cost, GenerateRequest("r", NS, SHARED, SamplingParams()))
+        run = RequestRun(Resident(), store, cost, GenerateRequest("r", NS, SHARED, SamplingParams(max_tokens=4)))
         await run.admit()
         await run.load(lambda: False)
         *_, newest = store._below.policy.oldest_first()
