@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from appliance.kv.tiers.base import Extent
+from appliance.kv.tiers.base import Extent, SegmentInfo
 from appliance.kv.tiers.nvme import NvmeTier
 
 
@@ -16,6 +16,9 @@ class ReadOnlyNvme(NvmeTier):
 
     def _prepare(self, direct: bool) -> bool:
         return False
+
+    def scan(self) -> list[SegmentInfo]:
+        return super().scan() if self._folder.exists() else []  # nothing was stored yet
 
     def shortfall(self, lane: bytes, nbytes: Sequence[int]) -> int:
         return 0
