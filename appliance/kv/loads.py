@@ -33,8 +33,8 @@ class Loads:
         self.reading: Counter[BlockId] = Counter()
         """Loads of each block that have not ended: its bytes must stay."""
         self.suspects: set[BlockId] = set()
-        """Could not be read. Read alone next time: if that fails too, and the next read works, they are dropped. So a bad
-        sector does not cost the tier, nor an outage the blocks."""
+        """Could not be read. Read alone next time, and dropped if that fails between two reads that work: so a bad sector
+        does not cost the tier, nor an outage the blocks."""
         self._accused: BlockId | None = None
         self.breaker = Breaker(asyncio.get_running_loop().time)
         self._sealed = sealed
@@ -59,7 +59,8 @@ class Loads:
             job = partial(self._sealed.load, blocks, extents, self._layout)
             loaded = await asyncio.wrap_future(self._transfers.submit(Priority.LOAD, job))
         except TierError as error:
-            self._accused = names[0] if len(names) == 1 and names[0] in self.suspects else None
+            alone = len(names) == 1 and names[0] in self.suspects
+            self._accused = names[0] if alone and not self.breaker.failing else None
             self.suspects.update(names)
             self._failed(error)
             return Loaded(0, 0, 0.0, None)
