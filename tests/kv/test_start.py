@@ -6,7 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,22 @@ async def test_the_order_of_eviction_is_by_use_and_then_by_depth(
     assert order == [*reversed(chains[1]), *reversed(chains[2]), *reversed(chains[0])]
 
 
+async def test_a_start_sorts_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await _stored(tmp_path)
+    threads: list[int] = []
+    drain = runs.Runs.drain
+
+    def sort(these: runs.Runs) -> Iterator[bytes]:
+        threads.append(threading.get_ident())
+        return drain(these)
+
+    monkeypatch.setattr(runs.Runs, "drain", sort)
+    async with opened(tmp_path) as store:
+        assert store.usage()[1].blocks == BLOCKS
+    assert threads
+    assert threading.get_ident() not in threads
+
+
 async def test_a_smaller_capacity_evicts_the_oldest_and_keeps_the_count_of_tokens(tmp_path: Path) -> None:
     await _stored(tmp_path)
     recovered = _closed(open_below(tmp_path, keyring(tmp_path), SMALL.model_copy(update={"capacity": 2**17})))
@@ -297,7 +314,7 @@ async def test_a_block_that_no_record_holds_is_said_before_anything_is_opened(tm
     huge = replace(LAYOUT, token_bytes=(2**28, 16))
     many = BlockLayout(16, token_bytes=(1,) * 1025, fixed_bytes=(0,) * 1025)
     for layout in (huge, many):
-        with pytest.raises(ConfigError, match=r"kv\.block_tokens"):
+        with pytest.raises(ConfigError, match=r"^kv\.block_tokens.*a record holds"):
             await open_store(tmp_path, keyring(tmp_path), FINGERPRINT, layout, pool, Profile().kv, SMALL)
     assert not (tmp_path / "store").exists()
     pool.close()
