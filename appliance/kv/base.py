@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from appliance.api.control import VerifyProgress
+from appliance.api.control import VerifyProgress, VerifyReport
 from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
 
 
@@ -100,6 +100,16 @@ class PoolShape:
     fd: int
     slot_bytes: int
     slots: int
+
+
+NOTHING_VERIFIED = VerifyProgress(
+    records_done=0,
+    records_total=0,
+    report=VerifyReport(
+        segments=0, records=0, bytes_read=0, ok=0, bad={}, index_missing=0, index_dangling=0, repaired=0, seconds=0.0
+    ),
+)
+"""All there is to say of a store that keeps nothing durable."""
 
 
 class KVStore(ABC):

@@ -57,6 +57,8 @@ class Below:
         self._used: dict[BlockId, int] = {}
         self._leaving: set[BlockId] = set()
         self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
+        self._crowded = False
+        """Somebody else fills the medium, and what was evicted last did not help: no more goes for them."""
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.stores = Breaker(asyncio.get_running_loop().time)
@@ -126,9 +128,13 @@ class Below:
                 try:
                     await self._append(blocks, superseded)
                 except TierFull:  # the medium is smaller than our capacity: somebody else filled it
+                    if self._crowded:
+                        raise
+                    self._crowded = True
                     await self._evict(sum(lengths))
                     await self._append(blocks, superseded)
-            except TierError:
+                self._crowded = False
+            except BaseException:
                 self._return(superseded)
                 raise
 
@@ -144,8 +150,12 @@ class Below:
                 raise
 
     async def _make_room(self, lane: bytes, lengths: Sequence[int]) -> None:
-        while short := self.sealed.tier.shortfall(lane, lengths):
+        short = self.sealed.tier.shortfall(lane, lengths)
+        if short > self.sealed.tier.usage().used_bytes:
+            raise TierFull(f"the {self._tier} tier is smaller than {len(lengths)} blocks")
+        while short:
             await self._evict(short)
+            short = self.sealed.tier.shortfall(lane, lengths)
 
     async def _evict(self, nbytes: int) -> None:
         """Forget the oldest blocks worth `nbytes`, or what there is of them; TierFull if there is none."""
@@ -178,7 +188,7 @@ class Below:
 
         try:
             gone_tokens = await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
-        except TierError:
+        except BaseException:
             self._used = {**used, **self._used}
             raise
         names = [plain.identity.block for plain in blocks]

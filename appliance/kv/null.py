@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from appliance.api.control import VerifyProgress, VerifyReport
-from appliance.kv.base import Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
+from appliance.api.control import VerifyProgress
+from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.keys import chain_root
 from appliance.security.keyring import Keyring
 from appliance.types import BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
@@ -64,18 +64,7 @@ class NullStore(KVStore):
         return {}
 
     async def verify(self, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
-        report = VerifyReport(
-            segments=0,
-            records=0,
-            bytes_read=0,
-            ok=0,
-            bad={},
-            index_missing=0,
-            index_dangling=0,
-            repaired=0,
-            seconds=0.0,
-        )
-        yield VerifyProgress(records_done=0, records_total=0, report=report)
+        yield NOTHING_VERIFIED
 
     async def flush(self, timeout_s: float) -> bool:
         return True

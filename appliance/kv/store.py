@@ -7,6 +7,7 @@ so a lookup sees one moment. Bytes move on the transfer pool's threads. Threadin
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +15,10 @@ from dataclasses import replace
 
 from appliance.api.control import VerifyProgress
 from appliance.errors import StoreBusy
-from appliance.kv.base import Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
+from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
 from appliance.kv.find import Finder
+from appliance.kv.patience import Patience
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
@@ -38,9 +40,6 @@ COUNTED = (
     'store_bytes_total{tier="nvme"}',
 )
 """Shown before anything was counted, so that a rate sees the first one."""
-
-PATIENCE_S = 10.0
-"""A medium slower than this hangs."""
 
 
 class TieredStore(KVStore):
@@ -66,12 +65,11 @@ class TieredStore(KVStore):
         self._layout = layout
         self._memory = pool
         self._transfers = transfers
-        self._write_behind_bytes = write_behind_bytes
         self._limits = Limits(read_bytes, transfers.threads + 2)
         self._clock = clock
         self._notes = tuple(notes)
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-        self._promised_bytes = 0
+        self._patience = Patience()
         self._reserve_turn = asyncio.Lock()
         self._closing = False
         self._dram = DramTable(pool, self.pool, LeafFirstLru())
@@ -79,7 +77,9 @@ class TieredStore(KVStore):
         self._writer: WriteBehind | None = None
         if sealed is not None and recovered is not None:
             self._below = Below(sealed, recovered, transfers, layout, self._counts, clock)
-            self._writer = WriteBehind(self._dram, self._below, layout, self._plain, self._counts)
+            self._writer = WriteBehind(
+                self._dram, self._below, layout, self._plain, self._counts, self._patience, write_behind_bytes
+            )
         self._finder = Finder(keyring, fingerprint, layout, self._dram, self._below)
 
     # --- finding ---------------------------------------------------------------------------------------------------
@@ -135,30 +135,33 @@ class TieredStore(KVStore):
 
     async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
         reserved: list[Reservation] = []
+        since_s = time.monotonic()
         try:
             async with self._reserve_turn:
                 for new in blocks:
                     while not self._finder.holds(new) and not self._room_for(new):
                         if reserved and not (self._writer and self._writer.pending_blocks):
                             return reserved  # only what this call or a pin holds is in the way
-                        await self._patiently()
+                        await self._patiently(since_s)
                     if not self._finder.holds(new):
                         state, now_us = SlotState.RESERVED, self._now_us()
                         entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
-                        self._promised_bytes += self._payload_bytes(new)
+                        self._promise(self._payload_bytes(new))
                         reserved.append(Reservation(new, entry.slot))
         except BaseException:
             self.abort(reserved)
             raise
         return reserved
 
-    async def _patiently(self) -> None:
-        """Wait for a change of slots. Patience counts from the last one, so it is not spent by each waiter anew."""
-        try:
-            await asyncio.wait_for(self._dram.change(), max(0.0, PATIENCE_S - self._dram.unchanged_s))
-        except asyncio.TimeoutError:
+    async def _patiently(self, since_s: float) -> None:
+        """Wait for a change of slots, as long as batches or reservations end now and then: pins come and go regardless."""
+        if not await self._patience.wait(self._dram.change(), since_s):
             self._counts["store_busy_total"] += 1
-            raise StoreBusy(f"write-behind has not moved for {PATIENCE_S:.0f} s") from None
+            raise StoreBusy("write-behind does not move")
+
+    def _promise(self, nbytes: int) -> None:
+        if self._writer is not None:
+            self._writer.promised_bytes += nbytes
 
     def commit(self, reservations: Sequence[Reservation]) -> None:
         for entry in self._ended(reservations):
@@ -181,7 +184,8 @@ class TieredStore(KVStore):
             entry = self._dram.get(reservation.new.block)
             assert entry is not None, "a reservation ends once"
             assert entry.state is SlotState.RESERVED, "a reservation ends once"
-            self._promised_bytes -= self._payload_bytes(reservation.new)
+            self._promise(-self._payload_bytes(reservation.new))
+            self._patience.moved()
             yield entry
 
     def _drop_superseded(self, entry: Entry) -> None:
@@ -194,11 +198,8 @@ class TieredStore(KVStore):
                     self._dram.drop(other)
 
     def _room_for(self, new: NewBlock) -> bool:
-        """Whether a slot is to be had and write-behind stays within its bound, or is empty."""
-        waiting = self._promised_bytes + (self._writer.dirty_bytes if self._writer else 0)
-        return self._dram.has_room() and (
-            not waiting or waiting + self._payload_bytes(new) <= self._write_behind_bytes or self._writer is None
-        )
+        """Whether a slot is to be had, and write-behind has room."""
+        return self._dram.has_room() and (self._writer is None or self._writer.has_room(self._payload_bytes(new)))
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
@@ -242,6 +243,7 @@ class TieredStore(KVStore):
         """Open every record and cross-check the index while serving; `repair` drops what is bad."""
         below, loop = self._below, asyncio.get_running_loop()
         if below is None:
+            yield NOTHING_VERIFIED
             return
 
         def drop(blocks: Sequence[BlockId]) -> None:

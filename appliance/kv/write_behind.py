@@ -1,6 +1,6 @@
 """Write-behind: committed blocks wait here, readable, until their records are durable.
 
-Invariant: dirty_bytes is the payload of committed blocks whose fate is open; the store keeps it within its bound. What
+Invariant: the payload of blocks that are promised or whose fate is open stays within the bound, or is one block's. What
 cannot be written stays in DRAM, evictable, and is tried again when the medium may have recovered. Threading: event loop only.
 """
 
@@ -11,8 +11,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from appliance.errors import TierError, TierFull
+from appliance.errors import TierError, frames_of
 from appliance.kv.below import Below
+from appliance.kv.breaker import FIRST_RETRY_S
+from appliance.kv.counts import reason
+from appliance.kv.patience import Patience
+from appliance.kv.record import record_bytes
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Plain
 from appliance.types import BlockId, BlockLayout
@@ -20,7 +24,7 @@ from appliance.types import BlockId, BlockLayout
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 * 2**20
-"""Payload made durable by one index transaction."""
+"""Records made durable by one index transaction; less in a small tier, where a batch must not push out the rest."""
 
 
 class WriteBehind:
@@ -31,12 +35,17 @@ class WriteBehind:
         layout: BlockLayout,
         plain: Callable[[Entry], Plain],
         counts: Counter[str],
+        patience: Patience,
+        bound_bytes: int,
     ) -> None:
         self._dram = dram
         self._below = below
         self._layout = layout
         self._plain = plain
         self._counts = counts
+        self._patience = patience
+        self._bound_bytes = bound_bytes
+        self._batch_bytes = min(BATCH_BYTES, below.sealed.tier.properties.capacity_bytes // 8)
         self._queue: dict[BlockId, Entry] = {}
         self._unsaved: dict[BlockId, Entry] = {}
         self._writing = 0
@@ -45,6 +54,9 @@ class WriteBehind:
         self._closing = False
         self._task = asyncio.ensure_future(self._run())
         self.dirty_bytes = 0
+        """Payload of committed blocks whose fate is open."""
+        self.promised_bytes = 0
+        """Payload of blocks that slots are reserved for."""
 
     @property
     def pending_blocks(self) -> int:
@@ -53,6 +65,11 @@ class WriteBehind:
     @property
     def all_durable(self) -> bool:
         return not self.pending_blocks and not any(self._is_unsaved(entry) for entry in self._unsaved.values())
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether payload of so many bytes more may wait here: within the bound, or alone."""
+        waiting = self.promised_bytes + self.dirty_bytes
+        return not waiting or waiting + nbytes <= self._bound_bytes
 
     def put(self, entry: Entry) -> None:
         """A DIRTY block."""
@@ -87,16 +104,17 @@ class WriteBehind:
                 self._work.clear()
                 continue
             self._writing = len(batch)
-            reason = await self._write(batch)
+            failure = await self._write(batch)
             self._writing = 0
+            self._patience.moved()
             for entry in batch:
                 self.dirty_bytes -= self._payload_bytes(entry)
                 self._dram.set_state(entry, SlotState.CLEAN)
-            if reason is None:
+            if failure is None:
                 self._requeue()
             else:
                 self._unsaved.update((entry.block, entry) for entry in batch)
-                self._counts[f'store_failures_total{{tier="nvme",reason="{reason}"}}'] += len(batch)
+                self._counts[f'store_failures_total{{tier="nvme",reason="{failure}"}}'] += len(batch)
 
     async def _write(self, batch: list[Entry]) -> str | None:
         """None if the batch is durable, else why not."""
@@ -106,23 +124,26 @@ class WriteBehind:
         try:
             await self._below.store([self._plain(entry) for entry in batch])
         except TierError as error:
-            reason = "full" if isinstance(error, TierFull) else "io"
-            retry_s = stores.failed()
-            log.warning("%d blocks stay in DRAM only, next try in %.0f s: %s", len(batch), retry_s, error)
-            self._retry_in(retry_s)
-            return reason
-        stores.worked()
-        return None
+            failure, said = reason(error), str(error)
+        except Exception as error:  # noqa: BLE001 - a bug costs these blocks, not all that wait behind them
+            failure, said = "bug", frames_of(error)
+        else:
+            stores.worked()
+            return None
+        retry_s = stores.failed()
+        log.warning("%d blocks stay in DRAM only, next try in %.0f s: %s", len(batch), retry_s, said)
+        self._retry_in(retry_s)
+        return failure
 
     def _next_batch(self) -> list[Entry]:
         """The oldest waiting blocks, of one tenant."""
         batch: list[Entry] = []
         nbytes = 0
         for entry in self._queue.values():
-            if batch and (entry.ns.tenant != batch[0].ns.tenant or nbytes >= BATCH_BYTES):
+            if batch and (entry.ns.tenant != batch[0].ns.tenant or nbytes >= self._batch_bytes):
                 break
             batch.append(entry)
-            nbytes += self._payload_bytes(entry)
+            nbytes += record_bytes(self._layout, len(entry.tokens))
         for entry in batch:
             del self._queue[entry.block]
         return batch
@@ -133,15 +154,17 @@ class WriteBehind:
         self._retry = asyncio.get_running_loop().call_later(delay_s, self._requeue)
 
     def _requeue(self) -> None:
-        """One batch of what could not be written; the next one follows if that works."""
-        nbytes = 0
-        while self._unsaved and nbytes < BATCH_BYTES:
-            block = next(iter(self._unsaved))
-            entry = self._unsaved.pop(block)
+        """One batch of what could not be written, as far as there is room; the next one follows if that works."""
+        limit_bytes = self.dirty_bytes + self._batch_bytes
+        for entry in list(self._unsaved.values()):
+            if self.dirty_bytes >= limit_bytes or not self.has_room(self._payload_bytes(entry)):
+                break
+            del self._unsaved[entry.block]
             if self._is_unsaved(entry):
                 self._dram.set_state(entry, SlotState.DIRTY)
                 self.put(entry)
-                nbytes += self._payload_bytes(entry)
+        if self._unsaved and not self.pending_blocks:  # what is promised takes all the room
+            self._retry_in(FIRST_RETRY_S)
 
     def _is_unsaved(self, entry: Entry) -> bool:
         return self._dram.get(entry.block) is entry and entry.block not in self._below

@@ -182,7 +182,7 @@ async def test_write_behind_is_bounded_and_loses_nothing(tmp_path: Path) -> None
         async def watch(tokens: Tokens) -> None:
             nonlocal seen
             await fill(store, tokens)
-            seen = max(seen, store._writer.dirty_bytes + store._promised_bytes)
+            seen = max(seen, store._writer.dirty_bytes + store._writer.promised_bytes)
 
         await asyncio.gather(*(watch(tokens) for tokens in prompts))
         assert 0 < seen <= bound
@@ -216,6 +216,9 @@ async def test_dram_alone_works(tmp_path: Path) -> None:
         assert store.lookup(NS, tokens).tokens == 0
         assert [u.state for u in store.usage()] == ["ok", "off"]
         assert await store.flush(1)
+        (step,) = [step async for step in store.verify(repair=True)]
+        assert step.report is not None
+        assert (step.report.records, step.report.clean) == (0, True)
 
 
 async def test_nvme_evicts_the_oldest_and_deepest_first(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ async def test_a_request_the_engine_never_saw_is_not_to_blame(tmp_path: Path) ->
 async def test_a_medium_that_hangs_costs_the_storing_not_the_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.kv.store.PATIENCE_S", 0.05)
+    monkeypatch.setattr("appliance.kv.patience.PATIENCE_S", 0.05)
     hung = asyncio.Event()
     async with running(tmp_path, write_behind=LAYOUT.payload_bytes(16)) as runtime:
         store = runtime.store

@@ -14,7 +14,6 @@ import errno
 import logging
 import mmap
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class DramPool:
             raise ConfigError(
                 f"tiers.dram.capacity: {self.capacity_bytes >> 20} MiB were asked for, {free_bytes >> 20} MiB are free"
             )
-        self.fd = os.memfd_create("kvctl-pool", 0)  # inheritable: the engine process gets it by pass_fds
+        self.fd = os.memfd_create("kvctl-pool", os.MFD_CLOEXEC)  # the engine process gets it by pass_fds
         try:
             os.posix_fallocate(self.fd, 0, self.capacity_bytes)  # an error here, not a SIGBUS later
             self._map = mmap.mmap(
@@ -148,7 +147,6 @@ class DramTable:
         self._children: dict[BlockId, dict[BlockId, Entry]] = {}
         self._held: set[BlockId] = set()  # pinned, or not CLEAN: what eviction must pass over
         self._waiters: list[asyncio.Future[None]] = []
-        self._changed_s = time.monotonic()
         self._pinned = 0
         self._pin_limit = shape.slots - max(1, shape.slots // 4)
         self.evicted = 0
@@ -172,16 +170,11 @@ class DramTable:
         """Whether one more block, or this one, may be pinned: a quarter of the slots is left to exports."""
         return self._pinned < self._pin_limit or (entry is not None and entry.pins > 0)
 
-    async def change(self) -> None:
-        """Until a slot was freed, unpinned or changed its state."""
+    def change(self) -> asyncio.Future[None]:
+        """Done when a slot was freed, unpinned or changed its state."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        await waiter
-
-    @property
-    def unchanged_s(self) -> float:
-        """Seconds since that last happened."""
-        return time.monotonic() - self._changed_s
+        return waiter
 
     def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
         """A prefix that ends with the last of these blocks is used now."""
@@ -262,7 +255,6 @@ class DramTable:
         self._changed()
 
     def _changed(self) -> None:
-        self._changed_s = time.monotonic()
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
