@@ -19,6 +19,7 @@ from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row,
 from appliance.engine.llamacpp import native
 from appliance.engine.llamacpp.calibrate import calibrate, others_running
 from appliance.engine.llamacpp.identity import fingerprint
+from appliance.engine.llamacpp.padding import Padding
 from appliance.engine.llamacpp.sampling import ChainSampler
 from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, probe
 from appliance.engine.llamacpp.text import Text
@@ -26,6 +27,8 @@ from appliance.errors import EngineError
 from appliance.types import BlockLayout, SamplingParams, Tokens
 
 CALIBRATION_TOKENS = 64
+NO_CELLS = 1
+"""What llama_decode answers when there is no room; nothing has changed then."""
 
 
 class LlamaCppEngine(Engine):
@@ -43,9 +46,13 @@ class LlamaCppEngine(Engine):
         self._threads = Threads(config.threads or 1, config.threads or 1, config.batch_threads or 1)
         self._busy = False
         self._batch_index: list[int] = []
+        self._padding = Padding.of(self._model, config)
+        self._spare = config.max_sequences - 1
         first = min(64, self._text.vocab_tokens)
         self._sample_tokens = Tokens.of(i % first for i in range(CALIBRATION_TOKENS))
         mode, self._state, layout = probe(self._context, self._model, config.block_tokens, self._compute_sample)
+        if mode is KVMode.NONE:
+            self._padding = Padding(0.0)
         self.info = self._describe(config, metadata, mode, layout)
 
     def _describe(
@@ -106,20 +113,32 @@ class LlamaCppEngine(Engine):
     # --- compute -------------------------------------------------------------------------------------------------
 
     def decode(self, rows: Sequence[Row]) -> None:
+        added = self._padding.tokens(
+            sum(len(row.tokens) for row in rows), max(row.start + len(row.tokens) for row in rows)
+        )
         threads = self._threads.batch
-        if all(len(row.tokens) == 1 for row in rows):
+        if not added and all(len(row.tokens) == 1 for row in rows):
             # Just before a step somebody still delivers the last token, just after one a next request may arrive: those
             # are over in a millisecond. Whoever is there both times will be there all the time.
             busy = self._busy and others_running()
             threads = self._threads.shared if busy else self._threads.quiet
         ll.llama_set_n_threads(self._context, threads, threads)
-        batch, self._batch_index = self._batch.fill(rows)
-        code = ll.llama_decode(self._context, batch)
+        code = self._decode([*rows, Row(self._spare, 0, self._sample_tokens[:added], False)]) if added else NO_CELLS
+        if added:
+            self.drop(self._spare)
+        if code == NO_CELLS:
+            code = self._decode(rows)
         self._busy = others_running()
         if code:
             for row in rows:  # part of the batch may have been computed
                 self.drop(row.seq, row.start)
-            raise EngineError("no free KV cells" if code == 1 else f"llama.cpp could not compute a batch (code {code})")
+            raise EngineError(
+                "no free KV cells" if code == NO_CELLS else f"llama.cpp could not compute a batch (code {code})"
+            )
+
+    def _decode(self, rows: Sequence[Row]) -> int:
+        batch, self._batch_index = self._batch.fill(rows)
+        return int(ll.llama_decode(self._context, batch))
 
     def logits(self, row: int) -> memoryview:
         return self._logits(row).data
