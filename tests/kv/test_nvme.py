@@ -6,18 +6,21 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.errors import TierError, TierFull
+from appliance.errors import TierError, TierFull, TierIO
 from appliance.kv.tiers import nvme
 from appliance.kv.tiers.base import Extent, RecordTier
 from appliance.kv.tiers.nvme import NvmeTier
 from tests.contracts.tiers import LANE, OTHER, Conformance, filled, got, put, superblock
+from tests.support.faulty import Gate
 
 
 def on_disk(folder: Path) -> int:
@@ -55,6 +58,8 @@ def test_the_disk_never_holds_more_than_the_capacity(
         except TierFull:
             assert tier.shortfall(lane, [pages * 4096])
         assert on_disk(folder) <= tier.usage().used_bytes <= capacity
+    tier.free(live)
+    assert tier.usage().used_bytes == 0
     tier.close()
 
 
@@ -93,6 +98,49 @@ def test_a_failed_write_is_rolled_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert got(tier, kept) == data
     tier.write([extent := tier.reserve(LANE, 4096)], page := filled(4096))
     assert got(tier, extent) == bytes(page)
+
+
+@pytest.mark.parametrize("step", ["punch", "remove", "set aside"])
+def test_usage_does_not_wait_for_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    tier = NvmeTier(tmp_path, capacity_bytes=2**20, segment_bytes=2**16, superblock=superblock)
+    extents = [put(tier, 8192)[0] for _ in range(2)]
+    owner, call = {"punch": (nvme, "punch_hole"), "remove": (Path, "unlink"), "set aside": (Path, "replace")}[step]
+    real, gate = getattr(owner, call), Gate()
+
+    def slow(*args: Any) -> Any:
+        gate.passed()
+        return real(*args)
+
+    monkeypatch.setattr(owner, call, slow)
+    with ThreadPoolExecutor() as threads:
+        if step == "set aside":
+            at_work = threads.submit(tier.set_aside, extents[0].segment)
+        else:
+            at_work = threads.submit(tier.free, extents[:1] if step == "punch" else extents)
+        gate.reached.wait()
+        try:
+            assert threads.submit(tier.usage).result(timeout=5).used_bytes > 0
+        finally:
+            gate.open()
+        at_work.result()
+
+
+def test_a_failed_sync_leaves_no_file_open_that_is_not_written_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = NvmeTier(tmp_path, capacity_bytes=2**20, segment_bytes=2**14, superblock=superblock)
+    extents = [put(tier, 8192)[0] for _ in range(3)]
+    assert len({extent.segment for extent in extents}) == 3
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(TierIO):
+        tier.sync()
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [Path(link).stem for link in links if link.startswith(str(tmp_path))] == [f"{extents[-1].segment:016x}"]
+    tier.close()
 
 
 @pytest.fixture

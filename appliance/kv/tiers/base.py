@@ -4,8 +4,9 @@ Invariant: used_bytes never exceeds the capacity, alignment and per-segment over
 break it raises TierFull and changes nothing. A tier knows no keys and no content: superblocks come from a callback and
 bytes are what the caller says they are.
 
-Threading: synchronous, every method may be called from any thread. The caller serialises writers (reserve, write,
-sync, free) of one tier among themselves; reads may run beside them. A caller never frees what it is still reading.
+Threading: synchronous, every method may be called from any thread. The caller serialises writers (shortfall, reserve,
+write, sync, free) of one tier among themselves; read() and usage() may run beside them, and usage() never waits for I/O.
+A caller never frees what it is still reading.
 """
 
 from __future__ import annotations

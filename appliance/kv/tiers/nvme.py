@@ -1,8 +1,9 @@
 """The nvme tier: segments are files of one folder, written past the page cache and punched when records are freed.
 
 Invariant: the blocks the file system gave to the folder's segments, set-aside ones included, never exceed the capacity
-(directories not counted). `_used_bytes` takes the larger of what we count and what the file system reports. Numbers are
-never used twice in one life of the tier. Threading: as the contract says; one lock guards the tables, not the I/O.
+(directories not counted). `used_bytes` of a segment is the larger of what we count and what the file system reports. Numbers
+are never used twice in one life of the tier. Threading: as the contract says; the tables are the one writer's, and usage()
+takes single values that it keeps up to date, so that nobody who asks waits for its I/O.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import errno
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,6 +60,8 @@ class _Segment:
     live_bytes: int = 0
     allocated_bytes: int = 0
     """As the file system last said."""
+    counted_bytes: int = 0
+    """What of it is in the tier's total."""
     fd: int | None = None
     """Open while there may be something to write or to sync."""
 
@@ -76,12 +78,12 @@ class NvmeTier(RecordTier):
         self._folder = folder
         self._aside = _Aside(folder / "quarantine", capacity_bytes // _ASIDE_SHARE)
         self._superblock = superblock
-        self._lock = threading.Lock()
         self._segments: dict[int, _Segment] = {}
+        self._counted_bytes = 0
         self._active: dict[bytes, _Segment] = {}
         self._unsynced: set[int] = set()
         self._new_files = False
-        self._notes: dict[str, None] = {}
+        self._notes: tuple[str, ...] = ()
         self._direct = self._prepare(direct)
         self._flags = os.O_DIRECT if self._direct else 0
 
@@ -96,40 +98,37 @@ class NvmeTier(RecordTier):
             raise tier_error(error, f"cannot use {self._folder}") from None
         self._next = 1 + max((int(p.stem, 16) for p in names if _NAME.fullmatch(p.name)), default=0)
         if direct and not possible:
-            self._note(
-                f"{self._folder} is on a file system without O_DIRECT: reads and writes pass through the page cache"
-            )
+            self._note(f"{self._folder} is without O_DIRECT: reads and writes pass through the page cache")
         return possible
 
     # --- writing -------------------------------------------------------------------------------------------------
 
     def shortfall(self, lane: bytes, nbytes: Sequence[int]) -> int:
-        with self._lock:
-            segment = self._active.get(lane)
-            need, end = 0, segment.end if segment else None
-            for n in nbytes:
-                if end is None or not self._fits(end, n):
-                    need, end = need + OVERHEAD_BYTES, ALIGN_BYTES
-                need, end = need + n, end + n
-            return max(0, self._used() + need - self.properties.capacity_bytes)
+        segment = self._active.get(lane)
+        need, end = 0, segment.end if segment else None
+        for n in nbytes:
+            if end is None or not self._fits(end, n):
+                need, end = need + OVERHEAD_BYTES, ALIGN_BYTES
+            need, end = need + n, end + n
+        return max(0, self._used_bytes + need - self.properties.capacity_bytes)
 
     def reserve(self, lane: bytes, nbytes: int) -> Extent:
         assert nbytes > 0
         assert nbytes % ALIGN_BYTES == 0
-        with self._lock:
-            segment = self._active.get(lane)
-            fresh = segment is None or not self._fits(segment.end, nbytes)
-            if self._used() + nbytes + fresh * OVERHEAD_BYTES > self.properties.capacity_bytes:
-                raise TierFull(f"{self._folder} holds no {nbytes} bytes more within its capacity")
-            if segment is None or fresh:
-                segment = _Segment(self._next, lane)
-                self._next += 1
-                self._segments[segment.number] = self._active[lane] = segment
-            extent = Extent(segment.number, segment.end, nbytes)
-            segment.end += nbytes
-            segment.records += 1
-            segment.live_bytes += nbytes
-            return extent
+        segment = self._active.get(lane)
+        fresh = segment is None or not self._fits(segment.end, nbytes)
+        if self._used_bytes + nbytes + fresh * OVERHEAD_BYTES > self.properties.capacity_bytes:
+            raise TierFull(f"{self._folder} holds no {nbytes} bytes more within its capacity")
+        if segment is None or fresh:
+            segment = _Segment(self._next, lane)
+            self._next += 1
+            self._segments[segment.number] = self._active[lane] = segment
+        extent = Extent(segment.number, segment.end, nbytes)
+        segment.end += nbytes
+        segment.records += 1
+        segment.live_bytes += nbytes
+        self._count(segment)
+        return extent
 
     def write(self, extents: Sequence[Extent], buffer: memoryview) -> None:
         try:
@@ -140,19 +139,18 @@ class NvmeTier(RecordTier):
                 assert run[-1].end - run[0].offset == length, "records of one write lie back to back"
                 segment = self._segments[number]
                 fd = self._writable(segment)
+                self._unsynced.add(number)
                 write_all(fd, buffer[position : position + length], run[0].offset)
                 position += length
-                with self._lock:
-                    self._unsynced.add(number)
-                    segment.allocated_bytes = os.fstat(fd).st_blocks * 512
+                segment.allocated_bytes = os.fstat(fd).st_blocks * 512
+                self._count(segment)
         except OSError as error:
             self.free(extents)
             raise tier_error(error, f"cannot write to {self._folder}") from None
 
     def sync(self) -> None:
-        with self._lock:
-            pending = [self._segments[n] for n in self._unsynced]
-            self._unsynced.clear()
+        pending = [self._segments[n] for n in self._unsynced]
+        self._unsynced.clear()
         try:
             for segment in pending:
                 assert segment.fd is not None
@@ -164,21 +162,21 @@ class NvmeTier(RecordTier):
                 self._new_files = False
         except OSError as error:
             raise tier_error(error, f"cannot sync {self._folder}") from None
-        with self._lock:
+        finally:
             for segment in pending:
                 if segment.lane is None or self._active.get(segment.lane) is not segment:
                     _close(segment)
 
     def free(self, extents: Iterable[Extent]) -> None:
-        with self._lock:
-            for extent in extents:
-                segment = self._segments[extent.segment]
-                segment.records -= 1
-                segment.live_bytes -= extent.length
-                if segment.records == 0:
-                    self._remove(segment)
-                else:
-                    self._punch(segment, extent.offset, extent.end)
+        for extent in extents:
+            segment = self._segments[extent.segment]
+            segment.records -= 1
+            segment.live_bytes -= extent.length
+            if segment.records == 0:
+                self._remove(segment)
+            else:
+                self._punch(segment, extent.offset, extent.end)
+                self._count(segment)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -200,6 +198,7 @@ class NvmeTier(RecordTier):
                 stat = path.stat()
                 segment = _Segment(int(path.stem, 16), None, end=stat.st_size, allocated_bytes=stat.st_blocks * 512)
                 self._segments[segment.number] = segment
+                self._count(segment)
                 found.append(SegmentInfo(segment.number, self._head(path), stat.st_size))
         except OSError as error:
             raise tier_error(error, f"cannot scan {self._folder}") from None
@@ -217,48 +216,53 @@ class NvmeTier(RecordTier):
 
     def settle(self, segment: int, live: Sequence[Extent]) -> None:
         entry = self._segments[segment]
-        with self._lock:
-            if not live:
-                self._remove(entry)
-                return
-            position = ALIGN_BYTES
-            for extent in sorted(live):
-                data = self.next_data(segment, position) if extent.offset > position else None
-                if data is not None and data < extent.offset:
-                    self._punch(entry, position, extent.offset)
-                position = extent.end
-            entry.records, entry.live_bytes = len(live), sum(e.length for e in live)
-            try:
-                with opened(self._path(segment), os.O_RDWR) as fd:
-                    os.ftruncate(fd, position)
-                    entry.allocated_bytes = os.fstat(fd).st_blocks * 512
-            except OSError as error:
-                raise tier_error(error, f"cannot shorten a segment in {self._folder}") from None
-            entry.end = position
+        if not live:
+            return self._remove(entry)
+        position = ALIGN_BYTES
+        for extent in sorted(live):
+            data = self.next_data(segment, position) if extent.offset > position else None
+            if data is not None and data < extent.offset:
+                self._punch(entry, position, extent.offset)
+            position = extent.end
+        entry.records, entry.live_bytes = len(live), sum(e.length for e in live)
+        try:
+            with opened(self._path(segment), os.O_RDWR) as fd:
+                os.ftruncate(fd, position)
+                entry.allocated_bytes = os.fstat(fd).st_blocks * 512
+        except OSError as error:
+            raise tier_error(error, f"cannot shorten a segment in {self._folder}") from None
+        entry.end = position
+        self._count(entry)
 
     def set_aside(self, segment: int) -> None:
-        with self._lock:
-            entry = self._segments.pop(segment)
-            try:
-                self._path(segment).replace(self._aside.folder / self._path(segment).name)
-            except OSError as error:
-                self._segments[segment] = entry
-                raise tier_error(error, f"cannot set a segment of {self._folder} aside") from None
-            self._aside.trim()
+        try:
+            self._path(segment).replace(self._aside.folder / self._path(segment).name)
+        except OSError as error:
+            raise tier_error(error, f"cannot set a segment of {self._folder} aside") from None
+        self._forget(self._segments[segment])
+        self._aside.trim()
 
     # --- both ----------------------------------------------------------------------------------------------------
 
     def usage(self) -> MediumUsage:
-        with self._lock:
-            return MediumUsage(self._used(), len(self._segments), tuple(self._notes))
+        return MediumUsage(self._used_bytes, len(self._segments), self._notes)
 
     def close(self) -> None:
-        with self._lock:
-            for segment in self._segments.values():
-                _close(segment)
+        for segment in self._segments.values():
+            _close(segment)
 
-    def _used(self) -> int:
-        return self._aside.nbytes + sum(s.used_bytes for s in self._segments.values())
+    @property
+    def _used_bytes(self) -> int:
+        return self._aside.nbytes + self._counted_bytes
+
+    def _count(self, segment: _Segment) -> None:
+        """Bring the total up to date with a segment that changed."""
+        self._counted_bytes += segment.used_bytes - segment.counted_bytes
+        segment.counted_bytes = segment.used_bytes
+
+    def _forget(self, segment: _Segment) -> None:
+        self._counted_bytes -= segment.counted_bytes
+        del self._segments[segment.number]
 
     def _fits(self, end: int, nbytes: int) -> bool:
         return end == ALIGN_BYTES or end + nbytes <= self.properties.segment_bytes
@@ -287,7 +291,7 @@ class NvmeTier(RecordTier):
         return segment.fd
 
     def _punch(self, segment: _Segment, start: int, stop: int) -> None:
-        """Under the lock. A range never written is not there to punch."""
+        """A range never written is not there to punch."""
         try:
             with opened(self._path(segment.number), os.O_RDWR) as fd:
                 punch_hole(fd, start, stop - start)
@@ -298,7 +302,7 @@ class NvmeTier(RecordTier):
             self._note(f"{self._folder}: freed space returns with whole segments only ({error.strerror})")
 
     def _remove(self, segment: _Segment) -> None:
-        """Under the lock. A file that cannot be removed stays counted and is found again at the next start."""
+        """A file that cannot be removed stays counted and is found again at the next start."""
         self._unsynced.discard(segment.number)
         _close(segment)
         if segment.lane is not None and self._active.get(segment.lane) is segment:
@@ -308,12 +312,13 @@ class NvmeTier(RecordTier):
                 self._path(segment.number).unlink()
         except OSError as error:
             self._note(f"{self._folder}: a segment could not be removed ({error.strerror})")
+            self._count(segment)
             return
-        del self._segments[segment.number]
+        self._forget(segment)
 
     def _note(self, text: str) -> None:
         if text not in self._notes:
-            self._notes[text] = None
+            self._notes = (*self._notes, text)
             log.warning("%s", text)
 
 
