@@ -1,7 +1,7 @@
 """The bytes of a record, one sealed block at rest (FORMAT.md, "Record").
 
 Invariant: identity goes into the additional data from the reader's request, never from the medium, so a record that
-opens is the block that was asked for; a slot holds either that block or zeros. Pure functions over buffers, no I/O;
+opens is the block that was asked for; what does not open leaves no byte of itself in a slot. Pure functions over buffers, no I/O;
 any thread, and one Sealer may be shared by all of them.
 """
 
@@ -17,10 +17,10 @@ import google_crc32c
 
 from appliance.errors import IntegrityError
 from appliance.kv.keys import length_prefixed
+from appliance.kv.tiers.base import ALIGN_BYTES
 from appliance.security.seal import NONCE_BYTES, TAG_BYTES, Buffer, Subkey, Xaes, wipe
 from appliance.types import TOKEN_BYTES, BlockId, BlockLayout, Fingerprint, Tokens
 
-ALIGN_BYTES = 4096
 HEADER_BYTES = 128
 MAX_BLOCK_TOKENS = 4096
 MAX_FRAMES = 1024

@@ -203,7 +203,7 @@ def _records(sealed: SealedTier, number: int, start: int, end: int, *, heads_onl
 
 def _is_ours(sealed: SealedTier, info: SegmentInfo) -> bool:
     try:
-        sealed.superblock(info)
+        sealed.check_superblock(info)
     except IntegrityError as error:
         if info.head != b"":
             log.warning("segment %016x is set aside: %s", info.segment, error)

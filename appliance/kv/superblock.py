@@ -1,6 +1,6 @@
 """The first 4096 bytes of a segment (FORMAT.md, "Superblock"): whose segment it is and under which key.
 
-Invariant: a parsed superblock was written by a holder of the data key for this store and this segment number.
+Invariant: a superblock that passes the check was written by a holder of the data key for this store and this segment number.
 Pure functions; any thread.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
 
 import google_crc32c
 
 from appliance.errors import IntegrityError
 from appliance.kv.keys import length_prefixed
+from appliance.kv.tiers.base import ALIGN_BYTES
 from appliance.security.seal import Buffer
 
-SUPERBLOCK_BYTES = 4096
+SUPERBLOCK_BYTES = ALIGN_BYTES
 
 _MAGIC = b"KVSEGMNT"
 _VERSION = 1
@@ -27,39 +27,30 @@ _MAC_AT = SUPERBLOCK_BYTES - 32
 _U32, _U64 = Struct("<I"), Struct("<Q")
 
 
-@dataclass(frozen=True)
-class Superblock:
-    store_uuid: bytes
-    segment_id: int
-    tenant: str
-    data_key_id: bytes
-    epoch: int
-    """Keyring epoch at creation."""
-    align_bytes: int
-
-
-def make_superblock(
-    *, store_uuid: bytes, segment_id: int, data_key_id: bytes, data_key: bytes, epoch: int, align_bytes: int
-) -> bytes:
+def make_superblock(*, store_uuid: bytes, segment_id: int, data_key_id: bytes, data_key: bytes, epoch: int) -> bytes:
+    """`epoch` is the keyring's at creation."""
     fields = _FIELDS.pack(
-        _MAGIC, _VERSION, 0, align_bytes, store_uuid, segment_id, data_key_id, epoch, _commit(data_key, segment_id)
+        _MAGIC, _VERSION, 0, ALIGN_BYTES, store_uuid, segment_id, data_key_id, epoch, _commit(data_key, segment_id)
     )
     body = fields.ljust(_CRC_AT, b"\0")
     body += _U32.pack(google_crc32c.value(body))
     return body + _mac(data_key, body)
 
 
-def parse_superblock(
+def check_superblock(
     buf: Buffer, *, store_uuid: bytes, segment_id: int, data_key: Callable[[bytes], tuple[str, bytes] | None]
-) -> Superblock:
-    """`data_key` gives (tenant, key) of a data key id, as `Keyring.data_key` does. IntegrityError if it is not genuine."""
+) -> str:
+    """The tenant whose segment it is; IntegrityError if it is not genuine.
+
+    `data_key` gives (tenant, key) of a data key id, as `Keyring.data_key` does.
+    """
     raw = bytes(buf[:SUPERBLOCK_BYTES])
     body, mac = raw[:_MAC_AT], raw[_MAC_AT:]
     if len(raw) < SUPERBLOCK_BYTES or not raw.startswith(_MAGIC):
         raise IntegrityError("not a segment, or its first page is torn", reason="torn")
     if body[_CRC_AT:] != _U32.pack(google_crc32c.value(body[:_CRC_AT])):
         raise IntegrityError("first page of the segment is torn", reason="torn")
-    _, version, _, align_bytes, uuid, number, dek_id, epoch, commit = _FIELDS.unpack_from(body)
+    _, version, _, align_bytes, uuid, number, dek_id, _, commit = _FIELDS.unpack_from(body)
     if version != _VERSION:
         raise IntegrityError(f"segment has format version {version}, this build reads {_VERSION}", reason="version")
     owner = data_key(dek_id)
@@ -68,7 +59,11 @@ def parse_superblock(
     tenant, key = owner
     if not (hmac.compare_digest(mac, _mac(key, body)) and hmac.compare_digest(commit, _commit(key, number))):
         raise IntegrityError("first page of the segment does not verify", reason="tag")
-    return Superblock(uuid, number, tenant, dek_id, epoch, align_bytes)
+    if align_bytes != ALIGN_BYTES:
+        raise IntegrityError(
+            f"segment has records aligned to {align_bytes}, this build {ALIGN_BYTES}", reason="version"
+        )
+    return tenant
 
 
 def _commit(data_key: bytes, segment_id: int) -> bytes:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.cmac import CMAC
 
 from appliance.kv.keys import block_id, chain, chain_root
 from appliance.kv.record import RecordIdentity, Sealer
-from appliance.kv.superblock import make_superblock, parse_superblock
+from appliance.kv.superblock import check_superblock, make_superblock
 from appliance.security.keyring_file import body_aad, decode
 from appliance.types import BlockId, Fingerprint, Namespace, Tokens
 
@@ -104,12 +104,11 @@ def test_superblock() -> None:
         data_key_id=v["data_key_id"],
         data_key=v["data_key"],
         epoch=v["epoch"],
-        align_bytes=4096,
     )
     assert made == expected
     keys = {v["data_key_id"]: ("acme", v["data_key"])}
-    parsed = parse_superblock(expected, store_uuid=v["store_uuid"], segment_id=v["segment_id"], data_key=keys.get)
-    assert (parsed.tenant, parsed.epoch) == ("acme", v["epoch"])
+    owner = check_superblock(expected, store_uuid=v["store_uuid"], segment_id=v["segment_id"], data_key=keys.get)
+    assert owner == "acme"
 
 
 def test_keyring_copy() -> None:

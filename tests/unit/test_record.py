@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import IntegrityError
+from appliance.kv import superblock as superblock_module
 from appliance.kv.record import (
-    ALIGN_BYTES,
     HEADER_BYTES,
     RecordIdentity,
     Sealer,
@@ -20,7 +20,8 @@ from appliance.kv.record import (
     read_header,
     record_bytes,
 )
-from appliance.kv.superblock import SUPERBLOCK_BYTES, Superblock, make_superblock, parse_superblock
+from appliance.kv.superblock import SUPERBLOCK_BYTES, check_superblock, make_superblock
+from appliance.kv.tiers.base import ALIGN_BYTES
 from appliance.types import BlockId, BlockLayout, Fingerprint, Tokens
 
 LAYOUT = BlockLayout(block_tokens=8, token_bytes=(24, 8), fixed_bytes=(5, 0))
@@ -275,20 +276,18 @@ def test_one_sealer_serves_many_threads() -> None:
 
 
 def superblock() -> bytes:
-    return make_superblock(
-        store_uuid=STORE, segment_id=7, data_key_id=b"d" * 16, data_key=b"k" * 32, epoch=3, align_bytes=ALIGN_BYTES
-    )
+    return make_superblock(store_uuid=STORE, segment_id=7, data_key_id=b"d" * 16, data_key=b"k" * 32, epoch=3)
 
 
-def parse(raw: bytes | bytearray, segment_id: int = 7, store_uuid: bytes = STORE, key: bytes = b"k" * 32) -> Superblock:
+def check(raw: bytes | bytearray, segment_id: int = 7, store_uuid: bytes = STORE, key: bytes = b"k" * 32) -> str:
     keys = {b"d" * 16: ("acme", key)}
-    return parse_superblock(raw, store_uuid=store_uuid, segment_id=segment_id, data_key=keys.get)
+    return check_superblock(raw, store_uuid=store_uuid, segment_id=segment_id, data_key=keys.get)
 
 
 def test_superblock_round_trip() -> None:
     raw = superblock()
     assert len(raw) == SUPERBLOCK_BYTES
-    assert parse(raw + b"more") == Superblock(STORE, 7, "acme", b"d" * 16, 3, ALIGN_BYTES)
+    assert check(raw + b"more") == "acme"
 
 
 def test_every_flipped_bit_of_a_superblock_is_refused() -> None:
@@ -296,11 +295,11 @@ def test_every_flipped_bit_of_a_superblock_is_refused() -> None:
     for bit in range(len(raw) * 8):
         raw[bit // 8] ^= 1 << bit % 8
         with pytest.raises(IntegrityError):
-            parse(raw)
+            check(raw)
         mended = raw[:4060] + google_crc32c.value(bytes(raw[:4060])).to_bytes(4, "little") + raw[4064:]
         if bytes(mended) != superblock():
             with pytest.raises(IntegrityError):
-                parse(mended)
+                check(mended)
         raw[bit // 8] ^= 1 << bit % 8
 
 
@@ -314,23 +313,32 @@ def test_every_flipped_bit_of_a_superblock_is_refused() -> None:
 )
 def test_a_superblock_holds_for_one_store_place_and_key(change: dict[str, object], reason: str) -> None:
     with pytest.raises(IntegrityError) as caught:
-        parse(superblock(), **change)  # type: ignore[arg-type]
+        check(superblock(), **change)  # type: ignore[arg-type]
     assert caught.value.reason == reason
 
 
 def test_a_forgotten_data_key_and_another_version_are_told_apart() -> None:
     with pytest.raises(IntegrityError) as caught:
-        parse_superblock(superblock(), store_uuid=STORE, segment_id=7, data_key={}.get)
+        check_superblock(superblock(), store_uuid=STORE, segment_id=7, data_key={}.get)
     assert caught.value.reason == "identity"
     raw = bytearray(superblock())
     raw[8] = 2
     with pytest.raises(IntegrityError) as caught:
-        parse(raw[:4060] + google_crc32c.value(bytes(raw[:4060])).to_bytes(4, "little") + raw[4064:])
+        check(raw[:4060] + google_crc32c.value(bytes(raw[:4060])).to_bytes(4, "little") + raw[4064:])
     assert caught.value.reason == "version"
 
 
 def test_a_short_or_empty_superblock_is_torn() -> None:
     for raw in (b"", superblock()[:-1], bytes(SUPERBLOCK_BYTES)):
         with pytest.raises(IntegrityError) as caught:
-            parse(raw)
+            check(raw)
         assert caught.value.reason == "torn"
+
+
+def test_a_superblock_with_another_alignment_is_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superblock_module, "ALIGN_BYTES", 8192)
+    other = superblock()
+    monkeypatch.undo()
+    with pytest.raises(IntegrityError) as caught:
+        check(other)
+    assert caught.value.reason == "version"

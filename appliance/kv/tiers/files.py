@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from appliance.errors import TierError, TierFull, TierIO
-
-PAGE_BYTES = 4096
+from appliance.kv.tiers.base import ALIGN_BYTES
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
@@ -55,10 +54,10 @@ def fsync_folder(path: Path) -> None:
 def supports_direct(folder: Path) -> bool:
     """Whether files in `folder` can be read and written past the page cache. OSError if it cannot be written at all."""
     probe = folder / f".probe-{os.getpid()}"
-    buffer = aligned_buffer(PAGE_BYTES)
+    buffer = aligned_buffer(ALIGN_BYTES)
     try:
         with opened(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
-            return os.pwrite(fd, buffer, 0) == os.preadv(fd, [buffer], 0) == PAGE_BYTES
+            return os.pwrite(fd, buffer, 0) == os.preadv(fd, [buffer], 0) == ALIGN_BYTES
     except OSError as error:
         if error.errno == errno.EINVAL:
             return False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from appliance.errors import IntegrityError, TierIO
 from appliance.kv.record import HEADER_BYTES, RecordIdentity, RecordMeta, Sealer, read_header, record_bytes
-from appliance.kv.superblock import Superblock, make_superblock, parse_superblock
+from appliance.kv.superblock import check_superblock, make_superblock
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, RecordTier, SegmentInfo, SuperblockMaker
 from appliance.kv.tiers.files import aligned_buffer
 from appliance.security.keyring import Keyring
@@ -29,7 +29,6 @@ def superblock_maker(keyring: Keyring) -> SuperblockMaker:
             data_key_id=lane,
             data_key=owner[1],
             epoch=keyring.epoch,
-            align_bytes=ALIGN_BYTES,
         )
 
     return make
@@ -145,8 +144,9 @@ class SealedTier:
 
     # --- scanning --------------------------------------------------------------------------------------------------
 
-    def superblock(self, info: SegmentInfo) -> Superblock:
-        return parse_superblock(
+    def check_superblock(self, info: SegmentInfo) -> None:
+        """IntegrityError if the segment is not this store's."""
+        check_superblock(
             info.head or b"",
             store_uuid=self._keyring.store_uuid,
             segment_id=info.segment,
