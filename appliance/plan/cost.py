@@ -26,6 +26,8 @@ FORGIVE = 1.1
 """A tier that was not worth loading from is thought faster by this each time, until it is tried again."""
 MIN_RATE_BYTES = 1 << 20
 """Smaller loads say more about latency than about rate."""
+MIN_PREFILL_TOKENS = 64
+"""The same of prefills: a few tokens cost as much as many."""
 
 
 @dataclass
@@ -86,6 +88,8 @@ class CostModel:
         return nbytes / rate if rate > 0 else 0.0
 
     def saw_prefill(self, start: int, stop: int, seconds: float) -> None:
+        if stop - start < MIN_PREFILL_TOKENS:
+            return
         self.prefill.observe(stop - start, (stop * stop - start * start) / 2, seconds)
 
     def saw_decode(self, depth: int, step_s: float) -> None:

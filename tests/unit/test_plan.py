@@ -86,6 +86,15 @@ def test_a_tier_that_was_slow_once_is_tried_again() -> None:
     assert 0 < passed_over < 100
 
 
+def test_a_short_prefill_says_nothing_about_long_ones() -> None:
+    cost = model()
+    before = cost.prefill_s(0, 8192)
+    cost.saw_prefill(4096, 4124, 10.0)
+    assert cost.prefill_s(0, 8192) == before
+    cost.saw_prefill(0, 64, 10.0)
+    assert cost.prefill_s(0, 8192) > before
+
+
 def test_the_fast_front_is_loaded_and_the_slow_back_computed() -> None:
     cost = model()
     cost.saw_load(Tier.DRAM, 1000 * MIB, 0.1)
