@@ -142,12 +142,7 @@ class Below:
         """Forget blocks, now. TierError if the index refuses."""
         async with self._turn:
             known = [block for block in blocks if block in self.policy and not self.loads.reading[block]]
-            self._leave(known)
-            try:
-                await self._erase(known)
-            except TierError:
-                self._return(known)
-                raise
+            await self._forget(known)
 
     async def _make_room(self, lane: bytes, lengths: Sequence[int]) -> None:
         short = self.sealed.tier.shortfall(lane, lengths)
@@ -164,12 +159,7 @@ class Below:
         victims = self.policy.evict(n, self.loads.reading) or self.policy.evict(1, self.loads.reading)
         if not victims:
             raise TierFull(f"the {self._tier} tier is full and nothing in it can go")
-        self._leave(victims)
-        try:
-            await self._erase(victims)
-        except TierError:
-            self._return(victims)
-            raise
+        await self._forget(victims)
         self._count.add("evicted_blocks_total", len(victims))
 
     def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
@@ -203,6 +193,14 @@ class Below:
         self._newest_us = max(self._newest_us, now_us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
         self._count.add("store_bytes_total", nbytes)
+
+    async def _forget(self, blocks: Sequence[BlockId]) -> None:
+        self._leave(blocks)
+        try:
+            await self._erase(blocks)
+        except BaseException:
+            self._return(blocks)
+            raise
 
     async def _erase(self, blocks: Sequence[BlockId]) -> None:
         gone_tokens = await asyncio.wrap_future(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from appliance.errors import TierError
 from appliance.kv.index import Changes, Index, IndexEntry
 from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.types import BlockId, BlockLayout, Tokens
@@ -48,7 +47,7 @@ class Durable:
         try:
             gone = self.index.get_many([*superseded, *added])
             self.index.apply(Changes(added, list(gone), used, ends))
-        except TierError:
+        except BaseException:
             self.sealed.tier.free(extents)
             raise
         return self._free(gone)
