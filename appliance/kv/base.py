@@ -12,19 +12,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from appliance.api.control import VerifyProgress, VerifyReport
 from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
-
-
-class LookupState(str, Enum):
-    HIT = "hit"
-    PENDING = "pending"
-    """Being written or loaded: usable after a short wait inside stage()."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -38,8 +28,7 @@ class Hit:
     n_tokens: int
     use_tokens: int
     tier: Tier
-    """The fastest tier that holds it."""
-    state: LookupState
+    """The fastest tier that holds it. It may still be on its way to DRAM: stage() waits for it."""
     payload_bytes: int
 
 

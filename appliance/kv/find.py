@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from appliance.kv.base import Hit, Lookup, LookupState, NewBlock
+from appliance.kv.base import Hit, Lookup, NewBlock
 from appliance.kv.below import Below
 from appliance.kv.keys import block_id, chain, chain_root
 from appliance.kv.siblings import longest_common
@@ -40,10 +40,9 @@ class Finder:
         below = self._usable_below()
         for n, block in enumerate(names[1:]):
             entry = self._dram.get(block)
-            if block not in below if entry is None else not self._comes(entry):
+            if not (block in below if entry is None else self._comes(entry)):
                 break
-            tier, state = _where(entry)
-            hits.append(Hit(block, names[n], n * size, size, size, tier, state, payload_bytes))
+            hits.append(Hit(block, names[n], n * size, size, size, _tier(entry), payload_bytes))
         partial = self._partial(names[len(hits)], tokens, len(hits) * size)
         return Lookup(tuple(hits) if partial is None else (*hits, partial))
 
@@ -92,8 +91,8 @@ class Finder:
         if best is None:
             return None
         shared, block, n_tokens = best
-        tier, state = _where(self._dram.get(block))
-        return Hit(block, parent, start, n_tokens, shared, tier, state, self._layout.payload_bytes(n_tokens))
+        tier = _tier(self._dram.get(block))
+        return Hit(block, parent, start, n_tokens, shared, tier, self._layout.payload_bytes(n_tokens))
 
     def _covered(self, parent: BlockId, tokens: Tokens) -> bool:
         """Whether a child of `parent` begins with these tokens."""
@@ -109,9 +108,5 @@ class Finder:
         return len(new.tokens) < self._layout.block_tokens and self._covered(new.parent, new.tokens)
 
 
-def _where(entry: Entry | None) -> tuple[Tier, LookupState]:
-    if entry is None:
-        return Tier.NVME, LookupState.HIT
-    if entry.state.readable:
-        return Tier.DRAM, LookupState.HIT
-    return (Tier.NVME if entry.state is SlotState.LOADING else Tier.DRAM), LookupState.PENDING
+def _tier(entry: Entry | None) -> Tier:
+    return Tier.NVME if entry is None or entry.state is SlotState.LOADING else Tier.DRAM

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import EngineDied, EngineError, Overloaded, RequestError
-from appliance.kv.base import LookupState
 from appliance.kv.store import TieredStore
 from appliance.kv.tiers.dram import SlotState
 from appliance.plan.cost import CostModel
@@ -71,9 +70,10 @@ async def test_an_answer_is_complete_before_its_blocks_are_stored(tmp_path: Path
         engine_of(runtime).exporting.shut()
         events = await answer(runtime, request())
         assert isinstance(events[-1], Finished)
-        assert {hit.state for hit in runtime.store.lookup(NS, PROMPT).hits} == {LookupState.PENDING}
+        assert runtime.store.usage()[0].pending_blocks == 3
         engine_of(runtime).exporting.open()
-        await until(lambda: {hit.state for hit in runtime.store.lookup(NS, PROMPT).hits} == {LookupState.HIT})
+        await until(lambda: not runtime.store.usage()[0].pending_blocks)
+        assert runtime.store.lookup(NS, PROMPT).tokens == len(PROMPT)
 
 
 async def test_a_slot_is_free_only_after_the_engine_let_go_of_it(tmp_path: Path) -> None:
