@@ -98,7 +98,9 @@ def _judge(arguments: list[str], index_key: bytes, nbytes: int) -> Verdict:
 
 def main(arguments: list[str]) -> Verdict:
     cpu_s, uuid, map_bytes, source, *copy = arguments
-    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s), int(cpu_s) + 1))
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s), hard))
     index_key, store_uuid = sys.stdin.buffer.read(_KEY_BYTES), bytes.fromhex(uuid)
 
     def opened(path: str) -> Index:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -393,4 +394,24 @@ async def test_an_index_that_kills_its_reader_is_damaged(
 ) -> None:
     await _stored(tmp_path)
     _child(monkeypatch, code)
+    assert _closed(open_below(tmp_path, keyring(tmp_path), SMALL)).mended == Mended(found=BLOCKS)
+
+
+async def test_a_check_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop in the child counts as damage; only its processor time is limited."""
+    await _stored(tmp_path)
+    looping = tmp_path / "python"
+    looping.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        "from appliance.kv import check\n"
+        "def forever(index):\n"
+        "    while True: pass\n"
+        "check.Index.check = forever\n"
+        "sys.exit(check.main(sys.argv[3:]))\n"
+    )
+    looping.chmod(0o700)
+    monkeypatch.setenv("PYTHONPATH", str(check._ROOT))
+    monkeypatch.setattr(check.sys, "executable", str(looping))
+    monkeypatch.setattr(check, "_BASE_CPU_S", 1.0)
     assert _closed(open_below(tmp_path, keyring(tmp_path), SMALL)).mended == Mended(found=BLOCKS)
