@@ -157,6 +157,8 @@ class TieredStore(KVStore):
         """Wait for a change of slots, as long as batches or reservations end now and then: pins come and go regardless."""
         if not await self._patience.wait(self._dram.change(), since_s):
             self._counts["store_busy_total"] += 1
+            if self._writer is not None:
+                self._writer.lost_patience()
             raise StoreBusy("write-behind does not move")
 
     def _promise(self, nbytes: int) -> None:
@@ -171,9 +173,7 @@ class TieredStore(KVStore):
                 self._dram.set_state(entry, SlotState.DIRTY)
                 self._writer.put(entry)
             self._drop_superseded(entry)
-        if reservations:
-            blocks = [reservation.new.block for reservation in reservations]
-            self._dram.touch(blocks, self._now_us())
+        self._dram.touch([reservation.new.block for reservation in reservations], self._now_us())
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
         for entry in self._ended(reservations):

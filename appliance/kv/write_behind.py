@@ -84,6 +84,11 @@ class WriteBehind:
         self.dirty_bytes -= self._payload_bytes(entry)
         return True
 
+    def lost_patience(self) -> None:
+        """Somebody waited in vain. If for the medium, it fails until a batch ends well."""
+        if self._writing:
+            self._below.stores.failed()
+
     async def drain(self) -> None:
         """Until nothing waits or is being written."""
         while self.pending_blocks:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import TierIO
+from appliance.kv.breaker import Breaker
 from appliance.kv.store import TieredStore
 from appliance.kv.tiers.base import Extent
 from tests.support.faulty import eio
@@ -25,6 +26,19 @@ class Clock:
 
     def pass_retry_time(self) -> None:
         self.now_s += 3600
+
+
+def test_the_retry_time_doubles_with_each_try_not_with_each_failure() -> None:
+    now_s = 100.0
+    breaker = Breaker(lambda: now_s)
+    assert [breaker.failed() for _ in range(3)] == [1, 1, 1]
+    assert not breaker.allows
+    now_s += 1
+    assert breaker.allows
+    assert [breaker.failed() for _ in range(3)] == [2, 2, 2]
+    breaker.worked()
+    assert breaker.allows
+    assert breaker.failed() == 1
 
 
 async def _stored(home: Path) -> None:

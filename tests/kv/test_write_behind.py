@@ -69,8 +69,11 @@ async def test_hits_beside_it_do_not_hide_a_medium_that_hangs(tmp_path: Path, mo
                 await asyncio.sleep(0)
             with pytest.raises(StoreBusy):
                 await waiting
+            assert store.usage()[1].state == "degraded"
         finally:
             gate.open()
+        assert await store.flush(5)
+        assert store.usage()[1].state == "ok"
 
 
 async def test_a_bug_costs_the_batch_it_hits(
