@@ -192,7 +192,8 @@ class VerifyReport(Model):
     bytes_read: int
     ok: int
     bad: dict[str, int]
-    """Records that do not open, by reason (torn, tag, identity, length, version)."""
+    """Records that do not open, by reason (torn, tag, identity, length, version); what an opening of the store found
+    besides: "segment" for each one that does not verify, "unread" for each page that could not be read in a rebuild."""
     index_missing: int
     """Good records the index does not know."""
     index_dangling: int

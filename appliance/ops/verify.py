@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
 
 from appliance.api.control import VerifyProgress
 from appliance.config import Profile
@@ -43,9 +43,14 @@ def verify(home: Path, profile: Profile, *, repair: bool) -> Iterator[VerifyProg
 
 @contextmanager
 def _scratch(home: Path) -> Generator[Path, None, None]:
+    """A folder for the time of the check, on the disk of the home."""
+    folder = home / ".verify"
     try:
-        folder = TemporaryDirectory(dir=home, prefix=".verify-")
+        rmtree(folder, ignore_errors=True)  # left by one that was killed
+        folder.mkdir(mode=0o700)
     except OSError as error:
         raise StateError(f"cannot write to {home}: {error.strerror}") from None
-    with folder as name:
-        yield Path(name)
+    try:
+        yield folder
+    finally:
+        rmtree(folder, ignore_errors=True)
