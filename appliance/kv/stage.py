@@ -15,6 +15,7 @@ from appliance.kv.base import Hit, Staged
 from appliance.kv.below import Below
 from appliance.kv.index import IndexEntry
 from appliance.kv.keys import block_id
+from appliance.kv.patience import Patience
 from appliance.kv.tiers.base import Extent
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Loaded, Plain
@@ -72,8 +73,8 @@ class Stage:
                         yield staged
                     if not complete:
                         return
-                elif self._plan:
-                    await self._dram.change()
+                elif self._plan and not await Patience().wait(self._dram.change()):
+                    return  # every slot is held by a read that does not end
         finally:
             for run in self._issued:
                 self._release(run)
@@ -112,10 +113,12 @@ class Stage:
             at = found.get(hit.block)
             if self._dram.get(hit.block) is not None or (run.hits and not self._continues(run, extents, hit, at)):
                 break
+            if at is None:
+                break
             if not self._dram.has_room() or not self._dram.may_pin(None):
                 return self._start(run, extents)
-            tokens = self._tokens_of(hit) if at is not None else None
-            if at is None or tokens is None:
+            tokens = self._tokens_of(hit)
+            if tokens is None:
                 break
             entry = self._dram.put(self._ns, hit.block, hit.parent, hit.start, tokens, SlotState.LOADING, self._used_us)
             self._dram.pin(entry)

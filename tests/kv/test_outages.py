@@ -109,6 +109,27 @@ async def test_a_medium_that_does_not_answer_is_left_alone_until_it_does(
         assert store._dram._pinned == 0
 
 
+async def test_a_pool_full_of_reads_that_hang_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.kv.patience.PATIENCE_S", 0.05)
+    async with opened(tmp_path) as store:
+        for n in range(3):
+            await fill(store, prompt(n, 16))
+    async with opened(tmp_path, slots=2) as store:
+        tier, clock = faulty(store), Clock(store)
+        gate = tier.hold("read")
+        try:
+            for n in range(3):
+                assert await restored(store, prompt(n, 16)) == 0
+                clock.pass_retry_time()
+            assert not store._dram.has_room()
+        finally:
+            gate.open()
+        await store._below.settle()
+        assert [await restored(store, prompt(n, 16)) for n in range(3)] == [16] * 3
+
+
 async def test_a_block_stored_anew_replaces_a_record_that_could_not_be_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
