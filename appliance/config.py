@@ -106,7 +106,7 @@ class NvmeSection(Section):
     enabled: bool = True
     capacity: Size = 16 * 2**30
     path: str = ""
-    """Folder of the segments; empty: <home>/store."""
+    """Folder of the segments and their index; empty: <home>/store. Another folder is another store."""
     segment: Size = 256 * 2**20
     direct: bool = True
     """O_DIRECT where the file system allows it."""
