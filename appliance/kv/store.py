@@ -211,10 +211,8 @@ class TieredStore(KVStore):
 
     def _is_durable(self, entry: Entry) -> bool:
         """Whether all of it is below, in its own record or in that of a longer block which took its place."""
-        if self._below is None:
-            return False
-        if entry.block in self._below:
-            return True
+        if self._below is None or entry.block in self._below:
+            return self._below is not None
         nearest = longest_common(self._below.children(entry.parent), entry.tokens)
         return nearest is not None and nearest[0] == len(entry.tokens)
 
