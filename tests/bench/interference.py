@@ -1,10 +1,11 @@
 """What a running stream loses while another request's context is written behind, or restored beside it.
 
 The stream's tokens are timed at the client. Written behind: from the other request's first token until all its blocks
-are durable (its prefill is over by then, and what prefill costs a stream is another matter). Restored: from sending
-the other request, with engine cells and DRAM emptied, to its first token. Every gap between two tokens that touches a
-window counts; mean over all gaps of all windows. Held against the gaps just after, when the same cells are in use: llama.cpp's attention
-passes over the cells of all sequences, so a stream beside 8,192 resident tokens is slower in any case; `before` shows by how much.
+are durable. Restored: from sending the other request, with engine cells and DRAM emptied, until its blocks are in cells.
+What the other request computes itself, its prefill and its last prompt token, is outside of both windows. A gap between
+two tokens counts if it begins in a window; mean over all gaps of all windows. Held against the gaps just after, when the
+same cells are in use: llama.cpp's attention passes over the cells of all sequences, so a stream beside 8,192 resident
+tokens is slower in any case; `before` shows by how much.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from kvctl.bench.ttft import prompt
 from kvctl.child import Child, throwaway_home
-from kvctl.client import AdminClient, PublicClient
+from kvctl.client import AdminClient, Answer, PublicClient
 
 CONTEXT_TOKENS = 8192
 WRITES = 2
@@ -81,9 +82,7 @@ class Stream:
 
     def gaps(self, spans: Sequence[Span]) -> list[float]:
         pairs = list(pairwise(self.at))
-        return [
-            later - earlier for start, stop in spans for earlier, later in pairs if later > start and earlier < stop
-        ]
+        return [later - earlier for start, stop in spans for earlier, later in pairs if start <= earlier < stop]
 
 
 class _Enough(Exception):
@@ -132,9 +131,10 @@ def _windows(home: Path, times: int, window: Callable[[int], Span], name: str, s
 
 
 def _write(child: Child, ids: list[int]) -> Span:
-    first_s = _ask(child.home, ids)
+    started_s = time.perf_counter()
+    answer = _ask(child.home, ids)
     child.settle()
-    return first_s, time.perf_counter()
+    return started_s + answer.ttft_s, time.perf_counter()
 
 
 def _restore(child: Child, ids: list[int]) -> Span:
@@ -142,7 +142,7 @@ def _restore(child: Child, ids: list[int]) -> Span:
         admin.evict("hbm")
         admin.evict("dram")
     started_s = time.perf_counter()
-    return started_s, _ask(child.home, ids)
+    return started_s, started_s + _ask(child.home, ids).load_s
 
 
 def _quiet() -> Span:
@@ -151,9 +151,6 @@ def _quiet() -> Span:
     return started_s, time.perf_counter()
 
 
-def _ask(home: Path, ids: list[int]) -> float:
-    """When the first token came."""
-    at: list[float] = []
+def _ask(home: Path, ids: list[int]) -> Answer:
     with PublicClient(home) as client:
-        client.complete(ids, max_tokens=1, temperature=0.0, on_text=lambda text: at.append(time.perf_counter()))
-    return at[0]
+        return client.complete(ids, max_tokens=1, temperature=0.0)

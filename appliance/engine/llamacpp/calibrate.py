@@ -26,7 +26,7 @@ BATCHES = 2
 """Prefill batches of which the quicker counts: a disturbance can only slow one down."""
 
 GOOD_ENOUGH = 1.1
-"""Fewer threads win when they are within this factor of the best: a core left over serves everything else."""
+"""Beside others as many threads as on an idle box, unless that is slower by more than this than the best."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def calibrate(
             with _busy_core():
                 for n in candidates:
                     worst[n] = max(idle[n], _step_s(partial(decode, n)))
-        threads = min(n for n in candidates if worst[n] <= GOOD_ENOUGH * min(worst.values()))
-        threads = min(threads, quiet_threads)  # the box was not idle, or more threads would have helped there too
+        good = [n for n in candidates if n <= quiet_threads and worst[n] <= GOOD_ENOUGH * min(worst.values())]
+        threads = max(good, default=quiet_threads)
     choices = [batch_threads] if batch_threads else [n for n in candidates if 2 * n >= cores]
     rates = {n: prefill_tokens / min(_timed(partial(prefill, n)) for _ in range(BATCHES)) for n in choices}
     batch_threads = max(rates, key=lambda n: rates[n])
