@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from appliance.types import FinishReason, Namespace, SamplingParams, Tier, Token
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+RESTORE_RUNS = 4
+"""Staged runs that may be on their way into cells while the next one is read: the engine takes them in order."""
 EXPORT_RUN = 16
 """Blocks per export call: bounds the slots one request holds while they fill."""
 
@@ -142,10 +145,18 @@ class RequestRun:
         if not wanted:
             return
         started_s = time.perf_counter()
-        async with aclosing(self._store.stage(request.ns, request.prompt, wanted)) as runs:
-            async for staged in runs:
-                if not await self._restore(staged):
-                    break
+        restoring: deque[asyncio.Task[bool]] = deque()
+        try:
+            async with aclosing(self._store.stage(request.ns, request.prompt, wanted)) as runs:
+                async for staged in runs:
+                    restoring.append(asyncio.ensure_future(self._restore(staged)))
+                    if len(restoring) > RESTORE_RUNS and not await restoring.popleft():
+                        break
+            await asyncio.gather(*restoring)
+        finally:
+            for task in restoring:
+                task.cancel()
+            await asyncio.gather(*restoring, return_exceptions=True)
         loaded.seconds = time.perf_counter() - started_s
         tiers = {hit.tier for hit in wanted}
         if len(tiers) == 1 and loaded.nbytes and was_alone and alone():

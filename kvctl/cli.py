@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -124,9 +125,15 @@ def _usage(error: typer.TyperException) -> int:
     return ExitCode.USAGE
 
 
+def _terminated(number: int, _frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does, so that what it started ends with it. `serve` handles its own."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     if "_KVCTL_COMPLETE" in os.environ:  # a shell asks for completions; this answers and exits
         _command()(prog_name="kvctl")
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -56,10 +56,14 @@ ModelName = Annotated[
 ]
 Tenant = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose prompt it is.")]
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompt-file", metavar="FILE", help="A prompt as plain text.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--prompt-file", metavar="FILE", help="A prompt as plain text, without a chat's framing.", show_default=False
+    ),
 ]
 MessagesFile = Annotated[
-    Path | None, typer.Option("--messages", metavar="FILE", help="Chat messages as JSON.", show_default=False)
+    Path | None,
+    typer.Option("--messages", metavar="FILE", help="Chat messages as JSON, framed as a chat is.", show_default=False),
 ]
 
 

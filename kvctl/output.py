@@ -5,6 +5,7 @@ Invariant: data goes to stdout, talk to stderr. Main thread only. rich is loaded
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,12 @@ def print_json(value: BaseModel | dict[str, Any], *, line: bool = False) -> None
 def stdout() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            """As any other write: the reader has left, and the exit code says so."""
+            raise BrokenPipeError(errno.EPIPE, "nobody reads any more")
+
+    return Output(highlight=False)
 
 
 def stderr() -> Console:
@@ -106,6 +112,11 @@ def duration(seconds: float) -> str:
         return f"{minutes}m {int(seconds % 60)}s"
     hours = minutes // 60
     return f"{hours}h {minutes % 60}m" if hours < 48 else f"{hours // 24}d {hours % 24}h"
+
+
+def ratio(times: float) -> str:
+    """ "0.4x", "7.2x", "312x"."""
+    return f"{times:,.0f}x" if times >= 10 else f"{times:.1f}x"
 
 
 def share(part: float, whole: float) -> str:

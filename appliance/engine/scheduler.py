@@ -143,7 +143,8 @@ class Scheduler:
         blocks = self._transfers.slice_blocks(self._step_s if shared else 0.0)
         while self._transfers.restore_slice(blocks) and not shared:
             pass
-        self._transfers.export_slice(blocks)
+        if not (shared and self._transfers.resting()):
+            self._transfers.export_slice(blocks)
 
     def _plan(self) -> list[Work]:
         """Every decoding stream, then prefill up to the budget, first come first served."""

@@ -18,6 +18,8 @@ from appliance.engine.request import Request
 from appliance.errors import EngineError, RestoreError
 
 SLICE_BLOCKS = 16
+EXPORT_SHARE = 0.01
+"""Of the time while others decode; sealing and writing add to what an export takes here, and it can wait."""
 SHARED_SLICE = 0.04
 """While others decode a slice may add this share to every stream's step; one block moves in any case."""
 
@@ -53,6 +55,8 @@ class Transfers:
     exports: deque[Export] = field(default_factory=deque)
     block_s: float = 0.0
     """What moving a block last took."""
+    rest_until_s: float = 0.0
+    """Monotonic clock: when the exports beside streams go on."""
 
     @property
     def pending(self) -> bool:
@@ -65,6 +69,10 @@ class Transfers:
             return SLICE_BLOCKS
         share = int(SHARED_SLICE * step_s / self.block_s) if self.block_s else 1
         return max(1, min(share, SLICE_BLOCKS))
+
+    def resting(self) -> bool:
+        """Whether exports beside streams have had their share of the time for now."""
+        return time.monotonic() < self.rest_until_s
 
     def restoring(self, request: Request) -> bool:
         return any(job.request is request for job in self.restores)
@@ -178,4 +186,6 @@ class Transfers:
             raise EngineError("the tokens to export are not in cells")
         began_s = time.monotonic()
         self.engine.export(sequence.id, start, views)
-        self.block_s = (time.monotonic() - began_s) / len(views)
+        ended_s = time.monotonic()
+        self.block_s = (ended_s - began_s) / len(views)
+        self.rest_until_s = ended_s + (ended_s - began_s) / EXPORT_SHARE

@@ -101,8 +101,11 @@ async def open_store(
     nvme: NvmeSection,
     clock: Callable[[], float] = time.time,
 ) -> TieredStore:
-    """The store of one model. ConfigError if its blocks are too large for the pool or for a record."""
+    """The store of one model. ConfigError if its blocks are too large for pool or record, or its folder has no place."""
     _check_size(layout)
+    if not store_folder(home, nvme).parent.is_dir():
+        parent = store_folder(home, nvme).parent
+        raise ConfigError(f"tiers.nvme.path: {parent} does not exist; create it, or mount what belongs there")
     shape = pool.partition(layout.slot_bytes)
     sealed: SealedTier | None = None
     recovered: Recovered | None = None

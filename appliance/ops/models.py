@@ -92,7 +92,7 @@ def resolve(home: Path, name_or_path: str) -> Path:
         hint = f'did you mean "{close[0]}"?' if close else "see `kvctl model list`, or give a path to a GGUF file"
         raise ModelError(f'no model "{name_or_path}"; {hint}')
     check(path)
-    return path
+    return path.resolve()  # others work in other folders
 
 
 def sha256(path: Path, home: Path, on_progress: Callable[[float], None] | None = None) -> bytes:

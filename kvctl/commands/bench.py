@@ -107,7 +107,7 @@ def _print(report: TtftReport) -> None:
             (
                 f"[{output.TIER_STYLE.get(each.tier, 'dim')}]{each.tier}[/]",
                 output.duration(each.ttft_s),
-                f"{each.speedup:,.0f}x",
+                output.ratio(each.speedup),
                 output.count(each.cached_tokens),
                 output.size(each.restored_bytes) if each.restored_bytes else "-",
                 f"{each.restored_bytes_per_s / 1e9:.2f}" if each.restored_bytes_per_s else "-",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 import typer
@@ -10,8 +13,6 @@ from kvctl import output
 from kvctl.options import Home, Json, locate
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvctl.bench.demo import DemoReport
 
 
@@ -55,7 +56,7 @@ def _print(report: DemoReport, model: Path) -> None:
             step.what,
             output.duration(step.ttft_s),
             f"{output.count(step.cached_tokens)} / {output.count(step.prompt_tokens)}",
-            f"{step.speedup:,.0f}x",
+            output.ratio(step.speedup),
         )
         for step in report.steps
     ]
@@ -68,8 +69,9 @@ def _print(report: DemoReport, model: Path) -> None:
     )
     if report.plot:
         talk.print(f"Drawn in {output.plain(report.plot)}")
+    activate = "" if which("kvctl") else f"  . {output.plain(Path(sys.prefix) / 'bin' / 'activate')}\n"
     talk.print(
-        "\nWith your own model:\n"
+        f"\nWith your own model:\n{activate}"
         "  kvctl init\n"
         "  kvctl serve --model FILE.gguf        and in another terminal: kvctl chat\n"
         "  kvctl bench ttft --model FILE.gguf   these times, measured with it"

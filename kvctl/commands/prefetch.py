@@ -46,6 +46,8 @@ def prefetch(
         output.print_json(last)
     else:
         _print(last)
+        if last.found.get("none") and not compute:
+            output.stderr().print("What no tier has is computed with --compute.", style="dim")
 
 
 def _work_tokens(step: PrefetchProgress, to: Target, compute: bool) -> int:

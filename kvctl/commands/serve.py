@@ -93,7 +93,7 @@ class ServeReport:
     def __call__(self, event: ServeEvent) -> None:
         if event.kind == "draining":
             noun = "request" if event.requests == 1 else "requests"
-            say(f"draining: {event.requests} {noun} running; again to stop at once")
+            say(f"draining: {event.requests} {noun} running; again to stop at once" if event.requests else "stopping")
         elif self._as_json:
             output.print_json(event, line=True)
         elif event.kind == "ready":

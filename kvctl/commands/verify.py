@@ -61,6 +61,13 @@ def _follow(steps: Iterator[VerifyProgress]) -> VerifyReport:
     raise ApiError("verify ended without a report; look at the log of the appliance")
 
 
+def _index(report: VerifyReport) -> str:
+    if not (report.index_missing or report.index_dangling):
+        return "complete"
+    missing, dangling = output.count(report.index_missing), output.count(report.index_dangling)
+    return f"{missing} records it did not name, {dangling} names without a record"
+
+
 def _print(report: VerifyReport, repair: bool) -> None:
     from rich.text import Text
 
@@ -83,10 +90,7 @@ def _print(report: VerifyReport, repair: bool) -> None:
                     f"{output.size(report.bytes_read)} in {output.count(report.segments)} segments, {output.size(rate)}/s",
                 ),
                 ("bad", bad or "none"),
-                (
-                    "index",
-                    f"{output.count(report.index_missing)} good records unknown, {output.count(report.index_dangling)} entries without one",
-                ),
+                ("index", _index(report)),
                 *([("repaired", output.count(report.repaired))] if repair else []),
             ]
         )

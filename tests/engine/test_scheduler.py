@@ -473,6 +473,23 @@ def test_what_is_in_cells_can_be_exported_until_release(when: str) -> None:
         bench.done(bench.scheduler.export("r", [(0, BLOCK, 0)]))
 
 
+def test_exports_beside_streams_rest_in_between() -> None:
+    bench = Bench()
+    tokens = prompt(10 * BLOCK)
+    bench.start("r", tokens, 100)
+    while not bench.tokens("r"):
+        bench.step()
+    resting = [True, True, False, True]
+    bench.roster.transfers.resting = lambda: resting.pop(0)  # type: ignore[method-assign]
+    bench.scheduler.export("r", [(i * BLOCK, BLOCK, i) for i in range(10)])
+    exported = []
+    for _ in range(4):
+        bench.step()
+        exported.append(len(bench.slots))
+    assert exported == [0, 0, SHARED_SLICE_BLOCKS, SHARED_SLICE_BLOCKS]
+    assert Transfers(bench.engine, bench.roster.cells, lambda slot, nbytes: memoryview(b"")).resting() is False
+
+
 def test_exports_go_on_beside_streams_a_slice_at_a_time() -> None:
     bench = Bench()
     tokens = prompt(10 * BLOCK)

@@ -12,7 +12,7 @@ from appliance.kv.tiers.dram import DramPool
 
 
 def test_a_pool_larger_than_memory_is_refused_before_it_is_touched() -> None:
-    with pytest.raises(ConfigError, match=r"tiers\.dram\.capacity: \d+ MiB were asked for, \d+ MiB are free"):
+    with pytest.raises(ConfigError, match=r"tiers\.dram\.capacity: [\d,.]+ GiB were asked for, [\d.]+ GiB are free"):
         DramPool(2**60, lock=False)
 
 

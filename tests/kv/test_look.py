@@ -115,6 +115,7 @@ async def test_verify_reads_what_is_not_committed_yet(tmp_path: Path) -> None:
 async def test_verify_finds_the_store_that_was_served(tmp_path: Path, repair: bool) -> None:
     """Larger than the profile's, and somewhere else."""
     elsewhere = tmp_path / "disk" / "blocks"
+    elsewhere.parent.mkdir()
     ring = keyring(tmp_path)
     nvme = NvmeSection(capacity=2**35, segment=2**16, path=str(elsewhere))
     await _fill(tmp_path, nvme)

@@ -14,7 +14,7 @@ from typing import Any
 import lmdb
 import pytest
 
-from appliance.config import Profile
+from appliance.config import KVSection, NvmeSection, Profile
 from appliance.errors import ConfigError, TierError
 from appliance.kv import check, recovery, runs
 from appliance.kv.index import Changes, Index, IndexEntry
@@ -235,3 +235,12 @@ async def test_a_check_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(check.sys, "executable", str(looping))
     monkeypatch.setattr(check, "_BASE_CPU_S", 1.0)
     assert closed(open_below(tmp_path, keyring(tmp_path), SMALL)).mended == Mended(found=BLOCKS)
+
+
+async def test_a_folder_whose_place_does_not_exist_is_refused(tmp_path: Path) -> None:
+    nvme = NvmeSection(path=str(tmp_path / "not-mounted" / "kv"))
+    with pytest.raises(ConfigError, match="not-mounted does not exist"):
+        await open_store(
+            tmp_path, keyring(tmp_path), FINGERPRINT, LAYOUT, DramPool(2**20, lock=False), KVSection(), nvme
+        )
+    assert not (tmp_path / "not-mounted").exists()

@@ -52,6 +52,7 @@ class Bench:
             self.engine, slot=self.slot, emit=lambda request, event: self.events[request].append(event)
         )
         self.roster.transfers.slice_blocks = lambda step_s: SHARED_SLICE_BLOCKS if step_s else SLICE_BLOCKS  # type: ignore[method-assign]
+        self.roster.transfers.resting = lambda: False  # type: ignore[method-assign]
         self.scheduler = Scheduler(
             self.engine,
             self.roster,

@@ -110,6 +110,22 @@ async def test_a_prefetch_given_up_holds_its_slots_until_the_engine_has_read_the
         assert engine.used_slots
 
 
+async def test_runs_are_on_their_way_into_cells_while_the_next_is_read(tmp_path: Path) -> None:
+    tokens = prompt(1, 16 * 7)
+    async with running(tmp_path, read_size=4096) as runtime:
+        await fill(runtime.store, tokens)
+        await runtime.store.flush(5)
+        runtime.store.evict_dram()
+        engine = engine_of(runtime)
+        engine.restoring.shut()
+        asked = asyncio.ensure_future(answer(runtime, request(tokens=tokens)))
+        await until(lambda: engine.restoring.waiting > 1)
+        engine.restoring.open()
+        finished = (await asked)[-1]
+        assert isinstance(finished, Finished)
+        assert finished.loaded_bytes == 7 * LAYOUT.payload_bytes(16)
+
+
 async def test_the_queue_has_a_bound_within_one_turn_of_the_loop(tmp_path: Path) -> None:
     async with running(tmp_path, max_running=1, max_queue=2) as runtime:
         engine_of(runtime).decoding.shut()

@@ -7,6 +7,7 @@ failed load shows (they may not name prompt content then, as there is none yet).
 from __future__ import annotations
 
 import ctypes
+import re
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -129,4 +130,4 @@ def _string(call: Callable[[Any, int], int]) -> str:
 def _reason() -> str:
     """The innermost error line, which llama.cpp logs first."""
     line = _errors[0] if _errors else "no reason given"
-    return line.rsplit(": ", 1)[-1] if "error loading model" in line else line
+    return re.sub(r".*error loading model[^:]*: ", "", line)

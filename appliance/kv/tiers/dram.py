@@ -46,7 +46,8 @@ class DramPool:
         free_bytes = psutil.virtual_memory().available
         if self.capacity_bytes > free_bytes:  # to be told is better than to be killed while touching it
             raise ConfigError(
-                f"tiers.dram.capacity: {self.capacity_bytes >> 20} MiB were asked for, {free_bytes >> 20} MiB are free"
+                f"tiers.dram.capacity: {self.capacity_bytes / 2**30:,.1f} GiB were asked for,"
+                f" {free_bytes / 2**30:,.1f} GiB are free"
             )
         self.fd = os.memfd_create("kvctl-pool", os.MFD_CLOEXEC)  # the engine process gets it by pass_fds
         try:
