@@ -129,8 +129,13 @@ def document(results: Results) -> str:
         head = ("tier", "TTFT", "runs", "speed-up", "cached", "restored", "rate", "floor / over it")
         device = f"{context.device_read_bytes_per_s / 1e9:.2f} GB/s"
         step = output.duration(context.decode_step_s)
+        cold_s = context.measured[0].ttft_s
+        floor_s = next(each.floor_s for each in context.measured if each.tier == "nvme")
+        most = f"{cold_s / context.decode_step_s:,.0f}x", f"{cold_s / floor_s:,.0f}x"
         parts += [
-            f"{context.prompt_tokens:,} tokens; the device reads {device} past the page cache; a decode step takes {step}.",
+            f"{context.prompt_tokens:,} tokens; the device reads {device} past the page cache; a decode step takes {step}."
+            f" The first token costs a decode step at this depth wherever its context comes from, so the most that can be"
+            f" had here is {most[0]} from memory and {most[1]} from the device.",
             _markdown(head, rows),
         ]
     cached, beside = results.disk_cache, results.interference
