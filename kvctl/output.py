@@ -116,7 +116,7 @@ def duration(seconds: float) -> str:
 
 def ratio(times: float) -> str:
     """ "0.4x", "7.2x", "312x"."""
-    return f"{times:,.0f}x" if times >= 10 else f"{times:.1f}x"
+    return f"{times:,.0f}x" if times >= 10 else f"{times:.1f}x".replace(".0x", "x")
 
 
 def share(part: float, whole: float) -> str:
