@@ -125,10 +125,11 @@ class Runtime:
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
         """Of a whole prompt: its author decides where special tokens are. Messages go through render()."""
         call = self.engine.tokenize(text, add_special=add_special, parse_special=parse_special)
-        return await self._guarded(text.encode(), call)
+        return await self._guarded(lambda: text.encode("utf-8", "surrogatepass"), call)
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
-        return await self._guarded(json.dumps([messages, tools]).encode(), self.engine.render(messages, tools))
+        call = self.engine.render(messages, tools)
+        return await self._guarded(lambda: json.dumps([messages, tools]).encode(), call)
 
     async def detokenize(self, tokens: Tokens) -> str:
         return await self.engine.detokenize(tokens)
@@ -222,25 +223,29 @@ class Runtime:
                 await self.engine.cancel(request_id)
             await asyncio.wait({task}, timeout=0.25)
 
-    async def _guarded(self, content: bytes, call: Coroutine[Any, Any, T]) -> T:
-        """A text call whose input is quarantined like a request."""
+    async def _guarded(self, content: Callable[[], bytes], call: Coroutine[Any, Any, T]) -> T:
+        """A text call whose input is quarantined like a request; `content` is read only where something has crashed."""
         try:
-            digest = self._not_quarantined(content)
+            if self._crashes:
+                self._not_quarantined(content())
         except RequestError:
             call.close()
             raise
         try:
             return await call
         except EngineDied:
-            self._count_crash(digest)
+            self._count_crash(self._digest(content()))
             raise
 
     def _not_quarantined(self, content: bytes) -> bytes:
-        """The content's keyed digest. RequestError if it crashed the engine before."""
-        digest = hashlib.blake2b(content, key=self._crash_key, digest_size=16).digest()
+        """The content's digest. RequestError if it crashed the engine before."""
+        digest = self._digest(content)
         if self._crashes.get(digest, 0) >= CRASHES_TO_QUARANTINE:
             raise RequestError("this request crashed the engine twice and is refused", code="quarantined", status=422)
         return digest
+
+    def _digest(self, content: bytes) -> bytes:
+        return hashlib.blake2b(content, key=self._crash_key, digest_size=16).digest()
 
     def _count_crash(self, digest: bytes) -> None:
         if len(self._crashes) >= QUARANTINE_ENTRIES:

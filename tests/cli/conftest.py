@@ -1,28 +1,17 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from appliance import config
 from kvctl.cli import run
+from tests.support.appliance import Ran
 from tests.support.fake_appliance import FakeAppliance, fake_appliance, initialise
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
+class Result(Ran):
     @property
     def complaint(self) -> str:
         """The one line on stderr that a failure is, without its prefix."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from appliance.api.control import PromptRef
 from kvctl.client import AdminClient
 from kvctl.diagnostics import ExitCode
 from tests.support.appliance import BLOCK, Answer, Appliance, appliance, kvctl, prompt, text, until
+from tests.support.disk import small_disk
 from tests.support.rigged import RIGGED, fault
 
 PROMPT_TOKENS = BLOCK * 4 + 9
@@ -119,24 +119,12 @@ def own_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "2m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize(("place", "obstacle"), [(own_folder, file_size_limit), (small_disk, filled_up)])
+@pytest.mark.parametrize(("place", "obstacle"), [(own_folder, file_size_limit), (disk, filled_up)])
 def test_a_full_disk_is_a_cache_less(
     tmp_path: Path,
     place: Callable[[Path], AbstractContextManager[Path]],
@@ -161,7 +149,7 @@ def test_a_full_disk_is_a_cache_less(
 
 
 def test_a_disk_smaller_than_the_capacity_gives_up_old_blocks_only(tmp_path: Path) -> None:
-    with small_disk(tmp_path) as folder, appliance(tmp_path / "home", {"tiers.nvme.path": str(folder)}) as served:
+    with disk(tmp_path) as folder, appliance(tmp_path / "home", {"tiers.nvme.path": str(folder)}) as served:
         prompts = [prompt(number, PROMPT_TOKENS) for number in range(16)]
         cold = []
         for tokens in prompts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +19,7 @@ from appliance.kv.tiers import nvme
 from appliance.kv.tiers.base import Extent, RecordTier
 from appliance.kv.tiers.nvme import NvmeTier
 from tests.contracts.tiers import LANE, OTHER, Conformance, filled, got, put, superblock
+from tests.support.disk import small_disk
 from tests.support.faulty import Gate
 
 
@@ -144,18 +144,13 @@ def test_a_failed_sync_leaves_no_file_open_that_is_not_written_any_more(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_full_not_broken(small_disk: Path) -> None:
-    tier = NvmeTier(small_disk / "s", capacity_bytes=2**30, segment_bytes=2**18, superblock=superblock)
+def test_a_full_disk_is_full_not_broken(disk: Path) -> None:
+    tier = NvmeTier(disk / "s", capacity_bytes=2**30, segment_bytes=2**18, superblock=superblock)
     written = []
     with suppress(TierError):
         while True:
@@ -167,12 +162,12 @@ def test_a_full_disk_is_full_not_broken(small_disk: Path) -> None:
     tier.close()
 
 
-def test_a_start_on_a_full_disk_works(small_disk: Path) -> None:
-    (small_disk / "s").mkdir()
-    (small_disk / "s" / "quarantine").mkdir()
-    with open(small_disk / "fill", "wb", buffering=0) as file, suppress(OSError):
+def test_a_start_on_a_full_disk_works(disk: Path) -> None:
+    (disk / "s").mkdir()
+    (disk / "s" / "quarantine").mkdir()
+    with open(disk / "fill", "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(65536))
-    tier = NvmeTier(small_disk / "s", capacity_bytes=2**20, segment_bytes=2**16, superblock=superblock)
+    tier = NvmeTier(disk / "s", capacity_bytes=2**20, segment_bytes=2**16, superblock=superblock)
     with pytest.raises(TierFull):
         put(tier, 65536)

@@ -120,15 +120,16 @@ class LlamaCppEngine(Engine):
         if not added and all(len(row.tokens) == 1 for row in rows):
             # Just before a step somebody still delivers the last token, just after one a next request may arrive: those
             # are over in a millisecond. Whoever is there both times will be there all the time.
-            busy = self._busy and others_running()
-            threads = self._threads.shared if busy else self._threads.quiet
+            threads = self._threads.quiet
+            if self._busy and threads != self._threads.shared and others_running():
+                threads = self._threads.shared
         ll.llama_set_n_threads(self._context, threads, threads)
         code = self._decode([*rows, Row(self._spare, 0, self._sample_tokens[:added], False)]) if added else NO_CELLS
         if added:
             self.drop(self._spare)
         if code == NO_CELLS:
             code = self._decode(rows)
-        self._busy = others_running()
+        self._busy = self._threads.quiet != self._threads.shared and others_running()
         if code:
             for row in rows:  # part of the batch may have been computed
                 self.drop(row.seq, row.start)
