@@ -38,6 +38,10 @@ class GenerateRequest:
     ns: Namespace
     prompt: Tokens
     sampling: SamplingParams
+    session: str | None = None
+    """What the client calls the conversation (`prompt_cache_key`)."""
+    retention_s: float | None = None
+    """How long its blocks are worth keeping after their last use. None: as the profile says; 0: in memory only."""
 
 
 @dataclass(frozen=True)
