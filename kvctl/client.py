@@ -188,7 +188,7 @@ def _or_error(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. Times are the client's own, but load_s, which is the appliance's (0 unless explained)."""
+    """A whole answer. Times are the client's own, but load_s, which is the appliance's."""
 
     text: str
     ttft_s: float
@@ -201,6 +201,8 @@ class Answer:
     finish_reason: str | None
     load_s: float
     """What staging and restoring took."""
+    explained: dict[str, Any]
+    """What the appliance says of it: X-Kvctl-Explain."""
 
     @property
     def step_s(self) -> float:
@@ -280,6 +282,7 @@ class PublicClient(_Client):
             completion_tokens=usage.get("completion_tokens", 0),
             finish_reason=finish_reason,
             load_s=last.get("kvctl", {}).get("timings_ms", {}).get("load", 0.0) / 1e3,
+            explained=last.get("kvctl", {}),
         )
 
 

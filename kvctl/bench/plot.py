@@ -1,9 +1,10 @@
-"""One picture of a TTFT report: bars per tier and context on a log scale, readable in grey."""
+"""Pictures of bench reports, readable in grey."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from appliance.errors import KvctlError
 
@@ -15,16 +16,13 @@ STYLES = {
     "nvme": ("#E69F00", "xx"),
 }
 
+COLOURS = ("#009E73", "#E69F00", "#999999")
+"""Of an appliance with tiers, with hbm only, and without reuse."""
+
 
 def save(path: Path, title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
     """groups: (label, [(tier, ttft seconds), ...]). KvctlError when matplotlib is missing or the file cannot be written."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise KvctlError("a plot needs matplotlib: pip install 'kvctl[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     width = 0.8 / max(len(bars) for _, bars in groups)
     seen: set[str] = set()
@@ -47,6 +45,47 @@ def save(path: Path, title: str, groups: Sequence[tuple[str, Sequence[tuple[str,
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, ncols=4, loc="upper left", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    _write(plt, figure, path)
+
+
+def save_sessions(
+    path: Path, title: str, curves: Sequence[tuple[str, Sequence[float]]], rates: Sequence[tuple[str, float]]
+) -> None:
+    """curves: (appliance, TTFT seconds of each request); rates: (appliance, requests per hour). KvctlError as for save()."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), dpi=150, width_ratios=(3, 1))
+    for (name, seconds), line, colour in zip(curves, ("-", "--", ":"), COLOURS, strict=False):
+        ordered = sorted(seconds)
+        shares = [(n + 1) / len(ordered) for n in range(len(ordered))]
+        left.step(ordered, shares, where="post", label=name, linestyle=line, color=colour, linewidth=1.8)
+    left.set_xscale("log")
+    left.set_ylim(0, 1)
+    left.set_xlabel("time to first token of turns 2 and later, seconds (log)")
+    left.set_ylabel("share of requests")
+    left.legend(frameon=False, loc="lower right", fontsize=8)
+    for at, ((_, rate), colour) in enumerate(zip(rates, COLOURS, strict=False)):
+        right.bar(at, rate, color=colour, edgecolor="black", linewidth=0.6)
+        right.text(at, rate, f"{rate:,.0f}", ha="center", va="bottom", fontsize=8)
+    right.set_xticks(range(len(rates)), [name for name, _ in rates], fontsize=8)
+    right.set_ylabel("requests per hour")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    _write(plt, figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise KvctlError("a plot needs matplotlib: pip install 'kvctl[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _write(plt: Any, figure: Any, path: Path) -> None:
     figure.tight_layout()
     try:
         figure.savefig(path)

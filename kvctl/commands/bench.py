@@ -12,14 +12,26 @@ from kvctl import output
 from kvctl.options import Home, Json, ProfileName, locate
 
 if TYPE_CHECKING:
+    from kvctl.bench.sessions import SessionsReport
     from kvctl.bench.ttft import TtftReport
+
+SYSTEM_TOKENS = 512
+"""Of the prompt that all sessions of a bench share."""
 
 app = typer.Typer(help="Measure this box, in throw-away homes.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Without this a single command would take the group's place."""
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME|PATH", help="Default: random weights in the shape of qwen2.5-0.5b.", show_default=False
+    ),
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the profile.", show_default=False),
+]
 
 
 @app.command()
@@ -28,24 +40,11 @@ def ttft(
     contexts: Annotated[
         str, typer.Option("--contexts", metavar="N,N,...", help="Prompt lengths in tokens.")
     ] = "2048,8192",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="NAME|PATH",
-            help="Default: random weights in the shape of qwen2.5-0.5b.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelName = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Warm requests per tier; medians are shown.")] = 3,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.", show_default=False)
-    ] = None,
+    plot: Plot = None,
     profile: ProfileName = "default",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the profile.", show_default=False),
-    ] = None,
+    set_: Set = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -53,17 +52,12 @@ def ttft(
 
     The throw-away home is made inside the home, so that its disk is the one that is measured.
     """
-    from appliance.ops import models, synth
     from kvctl.bench import ttft as bench
 
     where = locate(ctx, home)
     lengths = _lengths(contexts)
     with output.steps() as say:
-        path = (
-            models.resolve(where, model)
-            if model
-            else synth.default_model(where, lambda done: say("writing random weights", done))
-        )
+        path = _model(where, model, say)
         options = bench.Options(
             model=path,
             contexts=lengths,
@@ -90,13 +84,110 @@ def ttft(
             output.stderr().print(f"drawn in {plot}")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+@app.command()
+def sessions(
+    ctx: typer.Context,
+    count: Annotated[int, typer.Option("--sessions", min=1, help="Conversations, each about its own document.")] = 12,
+    turns: Annotated[int, typer.Option("--turns", min=2, help="Questions of each.")] = 5,
+    documents: Annotated[
+        str, typer.Option("--documents", metavar="MIN,MAX", help="Tokens of the shortest and the longest document.")
+    ] = "2048,6144",
+    answer: Annotated[int, typer.Option("--answer", min=2, help="Tokens of an answer.")] = 24,
+    think: Annotated[
+        str, typer.Option("--think", metavar="TIME", help="Mean pause between an answer and the next question.")
+    ] = "2s",
+    seed: Annotated[int, typer.Option("--seed", help="Another seed, other documents, questions and pauses.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="With the tiny model: minutes instead of an hour.")] = False,
+    model: ModelName = None,
+    plot: Plot = None,
+    profile: ProfileName = "laptop-cpu",
+    set_: Set = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Many users, long contexts: requests per hour and TTFT with the tiers, without, and without any reuse.
+
+    The conversations together are four times as large as the engine's cells and twice as large as the DRAM pool.
+    """
+    from appliance.config import parse_time
+    from kvctl.bench import sessions as bench
+    from kvctl.bench.workload import Workload
+
+    where = locate(ctx, home)
+    bounds = _lengths(documents, "--documents")
+    try:
+        think_s = parse_time(think)
+    except ValueError as error:
+        raise UsageError(f"--think: {error}") from None
+    workload = Workload(count, turns, (bounds[0], bounds[-1]), SYSTEM_TOKENS, answer, think_s, seed)
+    with output.steps() as say:
+        path = _model(where, model, say, "tiny" if quick else None)
+        report = bench.run(bench.Options(path, workload, where, profile, tuple(set_ or ()), say))
+    if plot:
+        from kvctl.bench.plot import save_sessions
+
+        title = f"{report.sessions} sessions of {report.turns} turns, {report.model}"
+        curves = [(run.name, [asked.ttft_s for asked in run.requests if asked.turn]) for run in report.runs]
+        save_sessions(plot, title, curves, [(run.name, run.requests_per_hour) for run in report.runs])
+    if as_json:
+        output.print_json(report)
+    else:
+        _print_sessions(report)
+        if plot:
+            output.stderr().print(f"drawn in {plot}")
+
+
+def _model(where: Path, model: str | None, say: output.Steps, preset: str | None = None) -> Path:
+    from appliance.ops import models, synth
+
+    def progress(done: float) -> None:
+        say("writing random weights", done)
+
+    if model:
+        return models.resolve(where, model)
+    if preset:
+        path = where / "models" / f"{preset}.gguf"
+        return path if path.exists() else synth.synth(preset, path, on_progress=progress)
+    return synth.default_model(where, progress)
+
+
+def _print_sessions(report: SessionsReport) -> None:
+    console = output.stdout()
+    baseline = report.runs[1]
+    console.print(
+        f"{report.model}: {report.sessions} sessions of {report.turns} turns, {output.count(report.total_tokens)} tokens together;"
+        f" {output.count(report.cells)} cells, pool for {output.count(report.pool_tokens)} tokens"
+    )
+    rows = [
+        (
+            run.name,
+            f"{run.requests_per_hour:,.0f}",
+            output.ratio(run.requests_per_hour / baseline.requests_per_hour),
+            output.duration(run.first_ttft_p50_s),
+            output.duration(run.later_ttft_p50_s),
+            output.duration(run.later_ttft_p95_s),
+            output.duration(run.tpot_p50_s),
+            f"{run.tpot_p95_s / run.tpot_p50_s:.2f}" if run.tpot_p50_s else "-",
+            f"{run.cached_share:.3f}",
+        )
+        for run in report.runs
+    ]
+    columns = ["", ">req/h", ">", ">TTFT 1st", ">p50 later", ">p95", ">TPOT p50", ">p95/p50", ">of infinite"]
+    console.print(output.table(columns, rows))
+    console.print(
+        f"{report.differing} answers differ from those without reuse, {report.differing_beyond_rounding} of them beyond the"
+        " rounding of another batch",
+        style="dim",
+    )
+
+
+def _lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
     try:
         lengths = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         lengths = ()
     if not lengths or lengths[0] < 16:
-        raise UsageError(f'--contexts "{text}": write token counts of at least 16, e.g. --contexts 2048,8192')
+        raise UsageError(f'{option} "{text}": write token counts of at least 16, e.g. {option} 2048,8192')
     return lengths
 
 
