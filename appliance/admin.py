@@ -41,8 +41,10 @@ from appliance.engine.client import EngineClient
 from appliance.engine.protocol import EngineStats
 from appliance.errors import EngineError, RequestError
 from appliance.kv.base import KVStore
+from appliance.look import inspect
 from appliance.ops.tenants import tenants_of
-from appliance.runtime import PrefetchStep, Runtime
+from appliance.prefetch import PrefetchStep, prefetch
+from appliance.runtime import Runtime
 from appliance.security.keyring import Keyring
 from appliance.server.base import Admin
 from appliance.server.metrics import Snapshot
@@ -221,7 +223,7 @@ class ApplianceAdmin(Admin):
 
     async def inspect(self, prompt: PromptRef) -> PromptInspection:
         tokens = await self._tokens(prompt)
-        inspection = await self._runtime.inspect(self._namespace(prompt), tokens)
+        inspection = await inspect(self._runtime, self._namespace(prompt), tokens)
         spans = [
             Span(start=start, stop=stop, tier=tier.value if tier else "none") for start, stop, tier in inspection.spans
         ]
@@ -236,7 +238,8 @@ class ApplianceAdmin(Admin):
     async def prefetch(self, request: PrefetchRequest) -> AsyncGenerator[PrefetchProgress, None]:
         tokens = await self._tokens(request)
         started_s = time.monotonic()
-        steps = self._runtime.prefetch(self._namespace(request), tokens, to=Tier(request.to), compute=request.compute)
+        ns = self._namespace(request)
+        steps = prefetch(self._runtime, ns, tokens, to=Tier(request.to), compute=request.compute)
         async with aclosing(_with_heartbeat(steps)) as beats:
             async for step in beats:
                 yield PrefetchProgress(
@@ -275,7 +278,8 @@ class ApplianceAdmin(Admin):
                 yield step
 
     async def evict(self, request: EvictRequest) -> EvictResult:
-        return EvictResult(freed=await self._runtime.evict(Tier(request.tier)))
+        hbm = Tier(request.tier) is Tier.HBM
+        return EvictResult(freed=await self._engine.evict() if hbm else self._store.evict_dram())
 
     async def tenants(self) -> TenantList:
         return tenants_of(self._keyring)

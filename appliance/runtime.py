@@ -1,6 +1,6 @@
-"""The request path as the server calls it: queue, quarantine, prefetch, inspection, drain. `request.py` is one request.
+"""The request path as the server calls it: queue, run, cancel, drain. `run.py` is one request.
 
-Only these two modules know both halves, the engine and the store. A request is a task of its own, from its place in the
+Only the request path knows both halves, the engine and the store. A request is a task of its own, from its place in the
 queue to the release of its cells; what a caller iterates over is only a view of it, so a client that goes away never
 leaves blocks unexported or cells held. Threading: event loop only.
 """
@@ -8,59 +8,25 @@ leaves blocks unexported or cells held. Threading: event loop only.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from appliance.engine.client import EngineClient
-from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, RequestError, frames_of
-from appliance.kv.base import KVStore, Lookup
+from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, frames_of
+from appliance.kv.base import KVStore
 from appliance.plan.cost import CostModel
-from appliance.plan.planner import decide
-from appliance.request import Chunk, Finished, GenerateRequest, RequestRun, Timings, pieces_of
-from appliance.types import Namespace, SamplingParams, Tier, Tokens
+from appliance.quarantine import Quarantine
+from appliance.request import Chunk, Finished, GenerateRequest, Timings
+from appliance.run import RequestRun
+from appliance.text import TextCalls
+from appliance.types import Tier, Tokens
 
-__all__ = [
-    "Chunk",
-    "Finished",
-    "GenerateRequest",
-    "Inspection",
-    "Limits",
-    "PrefetchStep",
-    "Runtime",
-    "Timings",
-    "Totals",
-]
+__all__ = ["Chunk", "Finished", "GenerateRequest", "Limits", "Runtime", "Timings", "Totals"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-CRASHES_TO_QUARANTINE = 2
-QUARANTINE_ENTRIES = 1024
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Spans [start, stop) of the prompt with the fastest tier that holds them; None = must be computed."""
-
-    spans: tuple[tuple[int, int, Tier | None], ...]
-    estimated_warm_s: float
-    estimated_cold_s: float
-
-
-@dataclass(frozen=True)
-class PrefetchStep:
-    found: dict[Tier | None, int]
-    """Tokens by tier before anything moved; None for what no tier had."""
-    moved_tokens: int
-    computed_tokens: int
-    moved_bytes: int
-    done: bool
 
 
 @dataclass(frozen=True)
@@ -105,8 +71,8 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._live: dict[str, asyncio.Task[None]] = {}
         self._draining = False
-        self._crash_key = os.urandom(32)
-        self._crashes: dict[bytes, int] = {}
+        self._quarantine = Quarantine()
+        self._text = TextCalls(engine, self._quarantine)
 
     @property
     def running(self) -> int:
@@ -124,12 +90,10 @@ class Runtime:
 
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
         """Of a whole prompt: its author decides where special tokens are. Messages go through render()."""
-        call = self.engine.tokenize(text, add_special=add_special, parse_special=parse_special)
-        return await self._guarded(lambda: text.encode("utf-8", "surrogatepass"), call)
+        return await self._text.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
-        call = self.engine.render(messages, tools)
-        return await self._guarded(lambda: json.dumps([messages, tools]).encode(), call)
+        return await self._text.render(messages, tools)
 
     async def detokenize(self, tokens: Tokens) -> str:
         return await self.engine.detokenize(tokens)
@@ -164,7 +128,7 @@ class Runtime:
             raise Overloaded("the appliance is stopping", retry_after_s=10, status=503)
         if self._running + len(self._queue) >= self._limits.max_running + self._limits.max_queue:
             raise Overloaded(f"{len(self._queue)} requests are waiting already; try again later", retry_after_s=2)
-        return self._not_quarantined(self.store.root(request.ns) + request.prompt.data)
+        return self._quarantine.check(self.store.root(request.ns) + request.prompt.data)
 
     async def _drive(
         self, request: GenerateRequest, digest: bytes, emit: Callable[[Chunk | Finished | KvctlError], None]
@@ -185,7 +149,7 @@ class Runtime:
             await run.write_behind(completions=self._limits.store_completions)
         except KvctlError as error:
             if isinstance(error, EngineDied) and run.begun and not answered:
-                self._count_crash(digest)
+                self._quarantine.crashed(digest)
             if not answered:
                 answer(error)
             else:
@@ -222,89 +186,6 @@ class Runtime:
             with suppress(EngineError):
                 await self.engine.cancel(request_id)
             await asyncio.wait({task}, timeout=0.25)
-
-    async def _guarded(self, content: Callable[[], bytes], call: Coroutine[Any, Any, T]) -> T:
-        """A text call whose input is quarantined like a request; `content` is read only where something has crashed."""
-        try:
-            if self._crashes:
-                self._not_quarantined(content())
-        except RequestError:
-            call.close()
-            raise
-        try:
-            return await call
-        except EngineDied:
-            self._count_crash(self._digest(content()))
-            raise
-
-    def _not_quarantined(self, content: bytes) -> bytes:
-        """The content's digest. RequestError if it crashed the engine before."""
-        digest = self._digest(content)
-        if self._crashes.get(digest, 0) >= CRASHES_TO_QUARANTINE:
-            raise RequestError("this request crashed the engine twice and is refused", code="quarantined", status=422)
-        return digest
-
-    def _digest(self, content: bytes) -> bytes:
-        return hashlib.blake2b(content, key=self._crash_key, digest_size=16).digest()
-
-    def _count_crash(self, digest: bytes) -> None:
-        if len(self._crashes) >= QUARANTINE_ENTRIES:
-            self._crashes.pop(next(iter(self._crashes)))
-        self._crashes[digest] = self._crashes.get(digest, 0) + 1
-
-    # --- look, prefetch, evict ---------------------------------------------------------------------------------
-
-    async def inspect(self, ns: Namespace, tokens: Tokens) -> Inspection:
-        """Where each token of this prompt is, and what a first token would cost. Changes nothing."""
-        resident, lookup = await self._where(ns, tokens)
-        spans: list[tuple[int, int, Tier | None]] = []
-
-        def add(start: int, stop: int, tier: Tier | None) -> None:
-            if stop > start:
-                if spans and spans[-1][2] == tier:
-                    start = spans.pop()[0]
-                spans.append((start, stop, tier))
-
-        add(0, resident, Tier.HBM)
-        for hit in lookup.hits:
-            add(max(hit.start, resident), hit.start + hit.use_tokens, hit.tier)
-        add(spans[-1][1] if spans else 0, len(tokens), None)
-        warm = decide(len(tokens), resident, pieces_of(lookup.hits), self.cost)
-        cold = decide(len(tokens), 0, (), self.cost)
-        return Inspection(tuple(spans), warm.chosen.total_s, cold.chosen.total_s)
-
-    async def _where(self, ns: Namespace, tokens: Tokens) -> tuple[int, Lookup]:
-        resident = await self.engine.resident(self.store.root(ns), tokens)
-        return resident, self.store.lookup(ns, tokens)
-
-    async def prefetch(self, ns: Namespace, tokens: Tokens, *, to: Tier, compute: bool) -> AsyncIterator[PrefetchStep]:
-        """Bring what is stored up to `to` (dram or hbm); with `compute`, prefill what no tier has. The last step is done."""
-        resident, lookup = await self._where(ns, tokens)
-        found: dict[Tier | None, int] = {Tier.HBM: resident} if resident else {}
-        found |= {tier: count for tier, count in lookup.by_tier(resident).items()}
-        if rest := len(tokens) - sum(found.values()):
-            found[None] = rest
-        moved_tokens = moved_bytes = computed = 0
-        yield PrefetchStep(found, 0, 0, 0, done=False)
-        if to is Tier.DRAM:
-            async for staged in self.store.stage(ns, tokens, lookup.hits):
-                self.store.unpin(staged)
-                if staged.seconds:  # it was not in DRAM yet
-                    moved_tokens += sum(hit.use_tokens for hit in staged.hits)
-                    moved_bytes += staged.nbytes
-                    yield PrefetchStep(found, moved_tokens, 0, moved_bytes, done=False)
-        part = tokens if compute else tokens[: len(tokens) - rest]
-        if part and (to is Tier.HBM or (compute and rest)):
-            request = GenerateRequest(f"prefetch-{os.urandom(8).hex()}", ns, part, SamplingParams(max_tokens=0))
-            async for event in self.generate(request):
-                if isinstance(event, Finished):
-                    computed, moved_bytes = event.sources.computed, moved_bytes + event.loaded_bytes
-                    moved_tokens += event.sources.dram + event.sources.nvme + event.sources.remote
-        yield PrefetchStep(found, moved_tokens, computed, moved_bytes, done=True)
-
-    async def evict(self, tier: Tier) -> int:
-        """Forget what `tier` (hbm or dram) holds and nobody uses; returns the cells or blocks freed."""
-        return await self.engine.evict() if tier is Tier.HBM else self.store.evict_dram()
 
     # --- end ---------------------------------------------------------------------------------------------------
 

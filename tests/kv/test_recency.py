@@ -10,7 +10,8 @@ import pytest
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import record_bytes
 from appliance.plan.cost import CostModel
-from appliance.request import GenerateRequest, RequestRun
+from appliance.request import GenerateRequest
+from appliance.run import RequestRun
 from appliance.types import BlockId, SamplingParams
 from tests.support.kv import LAYOUT, NS, fill, opened, prompt
 from tests.support.stub_engine import StubEngine

@@ -18,7 +18,7 @@ from appliance.kv.opening import open_store
 from appliance.kv.tiers.dram import DramPool
 from appliance.plan.cost import CostModel
 from appliance.runtime import Finished, GenerateRequest, Limits, Runtime
-from appliance.types import Fingerprint, Namespace, SamplingParams, Tier, Tokens
+from appliance.types import Fingerprint, Namespace, SamplingParams, Tokens
 from tests.support.appliance import BLOCK, COMPLETION_TOKENS
 from tests.support.kv import keyring
 from tests.support.models import tiny_config
@@ -77,7 +77,7 @@ class BareEngine:
         )
         runtime = Runtime(self.engine, store, CostModel.calibrated(1e3, 1e-3), Limits(4, 4, store_completions=True))
         try:
-            await runtime.evict(Tier.HBM)
+            await self.engine.evict()
             yield Served(runtime)
             await runtime.drain(60)
             assert await store.flush(60)

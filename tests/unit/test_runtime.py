@@ -14,6 +14,7 @@ from appliance.errors import EngineDied, EngineError, Overloaded, RequestError
 from appliance.kv.store import TieredStore
 from appliance.kv.tiers.dram import SlotState
 from appliance.plan.cost import CostModel
+from appliance.prefetch import prefetch
 from appliance.request import GenerateRequest
 from appliance.runtime import Chunk, Finished, Limits, Runtime
 from appliance.types import SamplingParams, Tier, Tokens
@@ -98,7 +99,7 @@ async def test_a_prefetch_given_up_holds_its_slots_until_the_engine_has_read_the
         await runtime.store.flush(5)
         engine = engine_of(runtime)
         engine.restoring.shut()
-        steps = runtime.prefetch(NS, PROMPT, to=Tier.HBM, compute=False)
+        steps = prefetch(runtime, NS, PROMPT, to=Tier.HBM, compute=False)
         await anext(steps)
         moving = asyncio.ensure_future(anext(steps))
         await until(lambda: engine.restoring.waiting)
