@@ -106,6 +106,7 @@ class ApplianceAdmin(Admin):
             base_url=self._place.base_url,
             running=self._runtime.running,
             waiting=self._runtime.waiting,
+            waiting_tenants=self._runtime.turns.waiting_tenants,
             rss_bytes=self._rss_bytes(),
             engine=EngineStatus(
                 engine=info.engine,
@@ -140,6 +141,8 @@ class ApplianceAdmin(Admin):
             cached_tokens={tier.value: totals.cached.get(tier, 0) for tier in Tier},
             computed_tokens=totals.computed_tokens,
             completion_tokens=totals.completion_tokens,
+            staged_ahead_tokens=totals.staged_ahead_tokens,
+            requeued_requests=totals.requeued,
             loaded_bytes={tier: int(count) for tier, count in loaded.items()},
             load_bytes_per_s={
                 tier: count / seconds[tier] if seconds.get(tier) else 0.0 for tier, count in loaded.items()
@@ -160,6 +163,8 @@ class ApplianceAdmin(Admin):
             **{f'cached_tokens_total{{tier="{tier.value}"}}': float(totals.cached.get(tier, 0)) for tier in Tier},
             "computed_tokens_total": float(totals.computed_tokens),
             "completion_tokens_total": float(totals.completion_tokens),
+            "staged_ahead_tokens_total": float(totals.staged_ahead_tokens),
+            "requeued_requests_total": float(totals.requeued),
             **self._store.counters(),
             "engine_restarts_total": float(self._engine.generation - 1),
             "resident_evictions_total": float(stats.resident_evictions),
@@ -167,6 +172,7 @@ class ApplianceAdmin(Admin):
         gauges = {
             "running_requests": float(self._runtime.running),
             "waiting_requests": float(self._runtime.waiting),
+            "waiting_tenants": float(self._runtime.turns.waiting_tenants),
             "resident_sequences": float(stats.sequences_resident),
             "pinned_cells": float(stats.cells_pinned),
         }

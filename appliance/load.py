@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 
 from appliance.answered import answered
@@ -18,7 +18,7 @@ from appliance.errors import RestoreError
 from appliance.kv.base import Hit, KVStore, Staged
 from appliance.request import GenerateRequest
 from appliance.sources import Sources
-from appliance.types import Tokens
+from appliance.types import BlockId, Tier, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,16 @@ class Load:
         self._request = request
         self._sources = sources
 
-    async def bring(self, tokens: Tokens, hits: Sequence[Hit]) -> None:
-        """`hits`: consecutive ones of a lookup for `tokens`, the first of them where present tokens end or before."""
+    async def bring(self, tokens: Tokens, hits: Sequence[Hit], tiers: Mapping[BlockId, Tier]) -> None:
+        """`hits`: consecutive ones of a lookup for `tokens`, the first of them where present tokens end or before.
+
+        `tiers`: where blocks were before they were staged ahead; of others the hit says it.
+        """
         restoring: deque[asyncio.Task[bool]] = deque()
         try:
             async with aclosing(self._store.stage(self._request.ns, tokens, hits)) as runs:
                 async for staged in runs:
-                    restoring.append(asyncio.ensure_future(self._restore(staged)))
+                    restoring.append(asyncio.ensure_future(self._restore(staged, tiers)))
                     if len(restoring) > RESTORE_RUNS and not await restoring.popleft():
                         break
             await asyncio.gather(*restoring)
@@ -54,7 +57,7 @@ class Load:
                 task.cancel()
             await asyncio.gather(*restoring, return_exceptions=True)
 
-    async def _restore(self, staged: Staged) -> bool:
+    async def _restore(self, staged: Staged, tiers: Mapping[BlockId, Tier]) -> bool:
         try:
             blocks = [(slot, hit.n_tokens, hit.use_tokens) for slot, hit in zip(staged.slots, staged.hits, strict=True)]
             self.present = await answered(self._engine.restore(self._request.request_id, staged.hits[0].start, blocks))
@@ -64,6 +67,6 @@ class Load:
         finally:
             self._store.unpin(staged)
         for hit in staged.hits:
-            self._sources.reached(hit.start + hit.use_tokens, hit.tier)
+            self._sources.reached(hit.start + hit.use_tokens, tiers.get(hit.block, hit.tier))
         self.nbytes += staged.nbytes
         return True

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from appliance.kv.base import Lookup
 from appliance.plan.planner import decide
-from appliance.run import pieces_of
 from appliance.runtime import Runtime
 from appliance.types import Namespace, Tier, Tokens
+from appliance.wanted import pieces_of
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class GenerateRequest:
     """What the client calls the conversation (`prompt_cache_key`)."""
     retention_s: float | None = None
     """How long its blocks are worth keeping after their last use. None: as the profile says; 0: in memory only."""
+    in_pieces: bool = True
+    """The client gets text as it comes. False: it gets the whole answer at its end, which may be begun anew until then."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Timings:
     prompt_ms: float
     predicted_ms: float
     ttft_ms: float
+    staged_ahead_ms: float = 0.0
+    """Of queue_ms: what staging took that its load did not have to wait for."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,5 @@ class Finished:
     decision: Decision
     loaded_bytes: int
     """KV bytes restored from lower tiers."""
+    staged_ahead: int = 0
+    """Prompt tokens brought into DRAM while it waited; `sources` says from where."""

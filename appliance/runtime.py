@@ -1,4 +1,4 @@
-"""The request path as the server calls it: queue, run, cancel, drain. `run.py` is one request.
+"""The request path as the server calls it: queue, run, cancel, drain. `run.py` is one request, `turns.py` the queue.
 
 Only the request path knows both halves, the engine and the store. A request is a task of its own, from its place in the
 queue to the release of its cells; what a caller iterates over is only a view of it, so a client that goes away never
@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+from appliance.ahead import Ahead
 from appliance.engine.client import EngineClient
 from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, frames_of
 from appliance.kv.base import KVStore
 from appliance.plan.cost import CostModel
-from appliance.quarantine import Quarantine
+from appliance.quarantine import Content, Quarantine
+from appliance.reply import Reply
 from appliance.request import Chunk, Finished, GenerateRequest, Timings
-from appliance.run import RequestRun
+from appliance.run import Parts, RequestRun
 from appliance.text import TextCalls
-from appliance.types import Tier, Tokens
+from appliance.totals import Totals
+from appliance.turns import GENERATED, Turn, Turns
+from appliance.types import Tokens
 
-__all__ = ["Chunk", "Finished", "GenerateRequest", "Limits", "Runtime", "Timings", "Totals"]
+__all__ = ["Chunk", "Finished", "GenerateRequest", "Limits", "Runtime", "Timings"]
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +42,18 @@ class Limits:
     store_completions: bool
 
 
-@dataclass
-class Totals:
-    """Since start."""
+class _Outcome(Enum):
+    """Of one turn."""
 
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached: dict[Tier, int] = field(default_factory=dict)
+    COMPLETE = "complete"
+    CRASHED = "crashed"
+    """The engine died, and is started again."""
 
-    @property
-    def computed_tokens(self) -> int:
-        return self.prompt_tokens - sum(self.cached.values())
 
-    def add(self, prompt_tokens: int, finished: Finished) -> None:
-        self.requests += 1
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += finished.completion_tokens
-        for tier in Tier:
-            self.cached[tier] = self.cached.get(tier, 0) + int(getattr(finished.sources, tier.value))
+@dataclass(frozen=True)
+class _Live:
+    turn: Turn
+    task: asyncio.Task[None]
 
 
 class Runtime:
@@ -63,24 +62,23 @@ class Runtime:
         self.store = store
         self.cost = cost
         self.totals = Totals()
+        self.turns = Turns(limits.max_running, limits.max_queue)
+        self._ahead = Ahead(engine, store, cost, lambda: (turn.request_id for turn in self.turns.line()))
+        self._parts = Parts(engine, store, cost, self._ahead)
         self._limits = limits
-        self._slots = asyncio.Semaphore(limits.max_running)
-        self._queue: set[str] = set()
-        """Requests without a slot yet; a new one is here before anybody else can look."""
-        self._running = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._live: dict[str, asyncio.Task[None]] = {}
-        self._draining = False
-        self._quarantine = Quarantine()
+        self._quarantine = Quarantine(engine)
         self._text = TextCalls(engine, self._quarantine)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._live: dict[str, _Live] = {}
+        self._draining = False
 
     @property
     def running(self) -> int:
-        return self._running
+        return self.turns.running
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return self.turns.waiting
 
     @property
     def draining(self) -> bool:
@@ -105,12 +103,11 @@ class Runtime:
 
         Raises RequestError, Overloaded or EngineError, at the first step or between events.
         """
-        digest = self._admissible(request)
-        self._queue.add(request.request_id)
+        turn = self._enter(request)
         events: asyncio.Queue[Chunk | Finished | KvctlError] = asyncio.Queue()
-        task = self._spawn(self._drive(request, digest, events.put_nowait))
-        self._live[request.request_id] = task
-        task.add_done_callback(lambda _: self._live.pop(request.request_id, None))
+        reply = Reply(events.put_nowait, in_pieces=request.in_pieces)
+        live = self._live[request.request_id] = _Live(turn, self._spawn(self._drive(request, turn, reply)))
+        live.task.add_done_callback(lambda _: self._live.pop(request.request_id, None))
         ended = False
         try:
             while not ended:
@@ -121,71 +118,90 @@ class Runtime:
                 yield event
         finally:
             if not ended:
-                self._spawn(self._cancel(request.request_id, task))
+                self._spawn(self._cancel(live))
 
-    def _admissible(self, request: GenerateRequest) -> bytes:
+    def _enter(self, request: GenerateRequest) -> Turn:
+        """A place in the queue, before anybody else can look."""
         if self._draining:
-            raise Overloaded("the appliance is stopping", retry_after_s=10, status=503)
-        if self._running + len(self._queue) >= self._limits.max_running + self._limits.max_queue:
-            raise Overloaded(f"{len(self._queue)} requests are waiting already; try again later", retry_after_s=2)
-        return self._quarantine.check(self.store.root(request.ns) + request.prompt.data)
+            raise Overloaded("the appliance is stopping", retry_after_s=self.turns.retry_after_s(), status=503)
+        content = self._content(request)
+        self._quarantine.check(content)
+        alone = self._quarantine.suspects(content)
+        turn = self.turns.enter(request.request_id, request.ns.tenant, len(request.prompt), alone=alone)
+        self._ahead.join(request.request_id, request.ns, request.prompt)
+        return turn
 
-    async def _drive(
-        self, request: GenerateRequest, digest: bytes, emit: Callable[[Chunk | Finished | KvctlError], None]
-    ) -> None:
-        """One request's life: exactly one Finished or error is emitted, and its cells are released."""
-        run = RequestRun(self.engine, self.store, self.cost, request)
-        answered = False
-
-        def answer(event: Chunk | Finished | KvctlError) -> None:
-            nonlocal answered
-            answered = answered or not isinstance(event, Chunk)
-            if isinstance(event, Finished) and request.sampling.max_tokens:
-                self.totals.add(len(request.prompt), event)
-            emit(event)
-
+    async def _drive(self, request: GenerateRequest, turn: Turn, reply: Reply) -> None:
+        """One request's life: it is answered, its turn ends, and its cells are released."""
+        arrived_s = time.perf_counter()
+        run = RequestRun(self._parts, request, arrived_s)
         try:
-            await self._answer(run, answer)
+            while await self._compute(run, turn, reply) is _Outcome.CRASHED:
+                if reply.begun:
+                    raise EngineDied("the engine process died", retry_after_s=self.turns.retry_after_s())
+                content = self._content(request)
+                self._quarantine.check(content)
+                await run.release()
+                run = RequestRun(self._parts, request, arrived_s)
+                reply.begin_anew()
+                self.totals.requeued += 1
+                self.turns.put_back(turn, len(request.prompt), alone=self._quarantine.suspects(content))
+                self._ahead.join(request.request_id, request.ns, request.prompt)
+            self.turns.leave(turn)
             await run.write_behind(completions=self._limits.store_completions)
         except KvctlError as error:
-            if isinstance(error, EngineDied) and run.begun and not answered:
-                self._quarantine.crashed(digest)
-            if not answered:
-                answer(error)
-            else:
+            if reply.ended:
                 log.warning("after the answer: %s", error)
+            else:
+                reply.put(error)
         except Exception as error:  # noqa: BLE001 - a bug of ours must not leave a client waiting
             log.error("request failed: %s", frames_of(error))
-            if not answered:
-                answer(EngineError("internal error"))
+            if not reply.ended:
+                reply.put(EngineError("internal error"))
         finally:
+            self.turns.leave(turn)
+            self._ahead.leave(request.request_id)
             await run.release()
 
-    async def _answer(self, run: RequestRun, emit: Callable[[Chunk | Finished], None]) -> None:
+    async def _compute(self, run: RequestRun, turn: Turn, reply: Reply) -> _Outcome:
+        """One turn, from its grant to its end."""
+        request = run.request
+
         def alone() -> bool:
-            return self._running == 1
+            return self.turns.running == 1
 
-        try:
-            await self._slots.acquire()
-        finally:
-            self._queue.discard(run.request.request_id)
-        self._running += 1
-        try:
-            await run.admit()
-            await run.load(alone)
-            await run.generate(emit, alone)
-        finally:
-            self._running -= 1
-            self._slots.release()
+        def emit(event: Chunk | Finished) -> None:
+            if isinstance(event, Chunk):
+                self.turns.charge(turn, GENERATED * len(event.tokens))
+            elif request.sampling.max_tokens:
+                self.totals.add(len(request.prompt), event)
+            reply.put(event)
 
-    async def _cancel(self, request_id: str, task: asyncio.Task[None]) -> None:
+        content = self._content(request)
+        await self.turns.wait(turn)
+        async with self._quarantine.inside(content) as stay:
+            try:
+                await run.admit()
+                self.turns.has_cells(turn)
+                self.turns.expect(turn, await run.load(alone))
+                await run.generate(emit, alone)
+            except EngineDied:
+                if not self._quarantine.crashed(stay):
+                    raise
+                return _Outcome.CRASHED
+        self._quarantine.clear(content)
+        return _Outcome.COMPLETE
+
+    def _content(self, request: GenerateRequest) -> Content:
+        return lambda: self.store.root(request.ns) + request.prompt.data
+
+    async def _cancel(self, live: _Live) -> None:
         """Leave the queue; or stop decoding and let the task export what was computed. Repeated: the engine may not know it yet."""
-        if request_id in self._queue:
-            task.cancel()
-        while not task.done():
+        self.turns.cancel(live.turn)
+        while not live.task.done():
             with suppress(EngineError):
-                await self.engine.cancel(request_id)
-            await asyncio.wait({task}, timeout=0.25)
+                await self.engine.cancel(live.turn.request_id)
+            await asyncio.wait({live.task}, timeout=0.25)
 
     # --- end ---------------------------------------------------------------------------------------------------
 
@@ -194,8 +210,8 @@ class Runtime:
         self._draining = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
-        for request_id, task in list(self._live.items()):
-            self._spawn(self._cancel(request_id, task))
+        for live in list(self._live.values()):
+            self._spawn(self._cancel(live))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5.0)
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from appliance.engine.client import EngineClient
-from appliance.errors import EngineDied, RequestError
-from appliance.quarantine import Quarantine
+from appliance.errors import EngineDied
+from appliance.quarantine import Content, Quarantine
 from appliance.types import Tokens
 
 T = TypeVar("T")
@@ -23,23 +23,24 @@ class TextCalls:
         self._quarantine = quarantine
 
     async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
-        call = self._engine.tokenize(text, add_special=add_special, parse_special=parse_special)
-        return await self._guarded(lambda: text.encode("utf-8", "surrogatepass"), call)
+        return await self._guarded(
+            lambda: text.encode("utf-8", "surrogatepass"),
+            lambda: self._engine.tokenize(text, add_special=add_special, parse_special=parse_special),
+        )
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Tokens:
-        call = self._engine.render(messages, tools)
-        return await self._guarded(lambda: json.dumps([messages, tools]).encode(), call)
+        return await self._guarded(
+            lambda: json.dumps([messages, tools]).encode(), lambda: self._engine.render(messages, tools)
+        )
 
-    async def _guarded(self, content: Callable[[], bytes], call: Coroutine[Any, Any, T]) -> T:
-        """`content` is read only where something has crashed."""
-        try:
-            if self._quarantine:
-                self._quarantine.check(content())
-        except RequestError:
-            call.close()
-            raise
-        try:
-            return await call
-        except EngineDied:
-            self._quarantine.crashed(self._quarantine.digest(content()))
-            raise
+    async def _guarded(self, content: Content, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Once: whoever sent it is told to send it again."""
+        self._quarantine.check(content)
+        async with self._quarantine.inside(content) as stay:
+            try:
+                answer = await call()
+            except EngineDied:
+                self._quarantine.crashed(stay)
+                raise
+        self._quarantine.clear(content)
+        return answer

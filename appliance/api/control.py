@@ -79,6 +79,10 @@ class Totals(Model):
     computed_tokens: int
     """Prompt tokens that were misses in every tier."""
     completion_tokens: int
+    staged_ahead_tokens: int = 0
+    """Prompt tokens brought into DRAM while their request waited."""
+    requeued_requests: int = 0
+    """Times a request was asked again because the engine died."""
     loaded_bytes: dict[str, int]
     """KV bytes restored, by tier."""
     load_bytes_per_s: dict[str, float]
@@ -121,6 +125,8 @@ class Status(Process):
     state: Literal["ready", "draining", "engine-restarting"]
     running: int
     waiting: int
+    waiting_tenants: int = 0
+    """Whose requests they are."""
     rss_bytes: int
     """Resident memory of control and engine process, less weights, cells and pool where they can be told apart."""
     engine: EngineStatus

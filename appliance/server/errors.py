@@ -22,8 +22,6 @@ from appliance.errors import EngineDied, KvctlError, Overloaded, RequestError, S
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_ENGINE_S = 2
-
 
 @dataclass(frozen=True)
 class ApiError:
@@ -53,11 +51,10 @@ def describe(error: Exception, request_id: str) -> ApiError:
         headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
         return ApiError(error.status, str(error), error.param, error.code, headers)
     if isinstance(error, Overloaded):
-        retry = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-        return ApiError(error.status, str(error), code="overloaded", headers=retry)
+        return ApiError(error.status, str(error), code="overloaded", headers=_retry_after(error.retry_after_s))
     if isinstance(error, EngineDied):
         message = "the engine process died and is being restarted; send the request again"
-        return ApiError(503, message, code="engine_restarting", headers={"retry-after": str(RETRY_AFTER_ENGINE_S)})
+        return ApiError(503, message, code="engine_restarting", headers=_retry_after(error.retry_after_s))
     if isinstance(error, UsageError):
         return ApiError(400, str(error))
     if isinstance(error, StateError):
@@ -68,6 +65,10 @@ def describe(error: Exception, request_id: str) -> ApiError:
         return _http(error)
     log.error("request %s: %s", request_id, frames_of(error))
     return ApiError(500, f"internal error; the log has more under request id {request_id}", code="internal_error")
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 def _http(error: HTTPException) -> ApiError:

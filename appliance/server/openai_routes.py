@@ -95,7 +95,9 @@ def _batch(
         most = limits.completion_tokens(call, len(prompt), service.model, param)
         for choice in range(n):
             sampling = limits.sampling(call, most, service.model, choice)
-            requests.append(GenerateRequest(f"{call_id}-{len(requests)}", ns, prompt, sampling))
+            # of several choices the first one's first text tells the others to start
+            in_pieces = bool(call.stream) or n > 1
+            requests.append(GenerateRequest(f"{call_id}-{len(requests)}", ns, prompt, sampling, in_pieces=in_pieces))
     return Batch(requests, n)
 
 

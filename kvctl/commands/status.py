@@ -51,6 +51,15 @@ def _parts(status: Status) -> Iterator[RenderableType]:
     cached = sum(totals.cached_tokens.values())
     by_tier = ", ".join(f"{tier} {output.count(n)}" for tier, n in totals.cached_tokens.items() if n)
     from_cache = f" ({output.share(cached, totals.prompt_tokens)} cached: {by_tier})" if cached else ""
+    tenants = f" of {status.waiting_tenants} tenants" if status.waiting_tenants > 1 else ""
+    pressure = [
+        f"{output.count(n)} {what}"
+        for n, what in (
+            (totals.staged_ahead_tokens, "tokens staged while their request waited"),
+            (totals.requeued_requests, "asked again after a crash"),
+        )
+        if n
+    ]
     failures = [
         f"{output.count(n)} {what}"
         for n, what in ((totals.integrity_failures, "records did not verify"), (totals.tier_failures, "tier failures"))
@@ -86,13 +95,14 @@ def _parts(status: Status) -> Iterator[RenderableType]:
             ),
             (
                 "requests",
-                f"{status.running} running, {status.waiting} waiting, {output.count(totals.requests)} since start",
+                f"{status.running} running, {status.waiting} waiting{tenants}, {output.count(totals.requests)} since start",
             ),
             (
                 "tokens",
                 f"{output.count(totals.prompt_tokens)} prompt{from_cache}, {output.count(totals.completion_tokens)} completion",
             ),
             *([("restored", ", ".join(restored))] if restored else []),
+            *([("pressure", ", ".join(pressure))] if pressure else []),
             *([("failures", f"[red]{', '.join(failures)}[/]")] if failures else []),
         ]
     )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from appliance.ahead import Ahead
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import record_bytes
 from appliance.plan.cost import CostModel
 from appliance.request import GenerateRequest
-from appliance.run import RequestRun
+from appliance.run import Parts, RequestRun
 from appliance.types import BlockId, SamplingParams
 from tests.support.kv import LAYOUT, NS, fill, opened, prompt
 from tests.support.stub_engine import StubEngine
@@ -84,7 +85,9 @@ async def test_a_request_that_hbm_serves_says_so(tmp_path: Path) -> None:
             await fill(store, tokens)
             await store.flush(5)
         cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
-        run = RequestRun(Resident(), store, cost, GenerateRequest("r", NS, SHARED, SamplingParams(max_tokens=4)))
+        engine = Resident()
+        parts = Parts(engine, store, cost, Ahead(engine, store, cost, line=tuple))
+        run = RequestRun(parts, GenerateRequest("r", NS, SHARED, SamplingParams(max_tokens=4)), arrived_s=0.0)
         await run.admit()
         await run.load(lambda: False)
         *_, newest = store._below.policy.oldest_first()

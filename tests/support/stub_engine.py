@@ -38,15 +38,26 @@ class Gate:
 
 class StubEngine(EngineClient):
     def __init__(self, write: Callable[[int, int, int], None] = lambda start, n_tokens, slot: None) -> None:
-        self.generation, self.pid = 1, None
+        self.generation, self.pid = 1, 1
         self.admission, self.restoring, self.exporting, self.decoding = Gate(), Gate(), Gate(), Gate()
+        self.ending = Gate()
         self.error_after_prefill: BaseException | None = None
-        self.text_error: EngineDied | None = None
+        self.poison: set[Tokens | str] = set()
+        """Prompts and texts that end the engine process; another takes its place at once."""
         self.known: dict[str, Tokens] = {}
+        self.alone: list[str] = []
+        """Requests that ran while no other was known."""
         self.used_slots: list[int] = []
         """Slots that restores read, when they read them."""
         self._write = write
         self._cancelled: set[str] = set()
+        self._present: dict[str, int] = {}
+        self._born: dict[str, int] = {}
+        """The generation each request lives in."""
+
+    def die(self) -> None:
+        self.generation += 1
+        self.known.clear()
 
     async def start(self) -> Any: ...
 
@@ -55,8 +66,9 @@ class StubEngine(EngineClient):
     async def close(self) -> None: ...
 
     async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
-        if self.text_error:
-            raise self.text_error
+        if text in self.poison:
+            self.die()
+            raise EngineDied("the engine process died")
         return Tokens.of(list(text.encode()))
 
     async def render(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> Tokens:
@@ -69,30 +81,41 @@ class StubEngine(EngineClient):
         return 0
 
     async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
-        self.known[request] = tokens
+        assert request not in self.known
+        self.known[request], self._born[request] = tokens, self.generation
         return 0
 
     async def restore(self, request: str, start: int, blocks: Sequence[tuple[int, int, int]]) -> int:
         if not blocks:
-            await self._or_cancelled(request, self.admission)
+            await self._pass(request, self.admission)
+            self._present[request] = 0
             return 0
-        await self.restoring.passed()
+        await self._answered(request, self.restoring)
         self.used_slots += [slot for slot, _, _ in blocks]
-        return start + sum(use for _, _, use in blocks)
+        self._present[request] = start + sum(use for _, _, use in blocks)
+        return self._present[request]
 
     async def run(self, request: str, sampling: SamplingParams) -> AsyncIterator[Event]:
+        self._check_alive(request)
         prompt = self.known[request]
-        yield Prefilled(len(prompt), 1.0)
+        if len(self.known) == 1:
+            self.alone.append(request)
+        if prompt in self.poison:
+            await asyncio.sleep(0.01)  # others are at work
+            self.die()
+            raise EngineDied("the engine process died")
+        yield Prefilled(max(len(prompt) - self._present[request], 1), 1.0)
         if self.error_after_prefill:
             while not self.exporting.waiting:  # noqa: ASYNC110 - a turn of the loop or two
                 await asyncio.sleep(0)
             raise self.error_after_prefill
-        await self._or_cancelled(request, self.decoding)
+        await self._pass(request, self.decoding)
         yield NewTokens(WORD, "w")
+        await self._pass(request, self.ending)
         yield Done(FinishReason.LENGTH, 1, 0.1, len(prompt))
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
-        await self.exporting.passed()
+        await self._answered(request, self.exporting)
         if request not in self.known:
             raise EngineError("the request was released")
         for start, n_tokens, slot in blocks:
@@ -113,10 +136,23 @@ class StubEngine(EngineClient):
     async def stats(self) -> EngineStats:
         raise AssertionError("the request path asks for no statistics")
 
-    async def _or_cancelled(self, request: str, gate: Gate) -> None:
+    async def _pass(self, request: str, gate: Gate) -> None:
+        """Wait there, unless the request is cancelled."""
+        await self._answered(request, gate, lambda: request in self._cancelled)
+
+    async def _answered(self, request: str, gate: Gate, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Wait there, unless the engine dies."""
+        self._check_alive(request)
         passing = asyncio.ensure_future(gate.passed())
-        while not passing.done():
-            if request in self._cancelled:
-                passing.cancel()
-                raise RestoreError("the request was cancelled")
-            await asyncio.sleep(0)
+        try:
+            while not passing.done():
+                if cancelled():
+                    raise RestoreError("the request was cancelled")
+                await asyncio.sleep(0)
+                self._check_alive(request)
+        finally:
+            passing.cancel()
+
+    def _check_alive(self, request: str) -> None:
+        if self._born[request] != self.generation:
+            raise EngineDied("the engine process died")

@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from appliance.errors import EngineDied, EngineError, Overloaded, RequestError
 from appliance.kv.store import TieredStore
-from appliance.kv.tiers.dram import SlotState
-from appliance.plan.cost import CostModel
 from appliance.prefetch import prefetch
-from appliance.request import GenerateRequest
-from appliance.runtime import Chunk, Finished, Limits, Runtime
-from appliance.types import SamplingParams, Tier, Tokens
-from tests.support.kv import LAYOUT, NS, fill, opened, payload, prompt, view
-from tests.support.stub_engine import StubEngine
+from appliance.runtime import Chunk, Finished
+from appliance.types import Tier
+from tests.support.kv import LAYOUT, NS, fill, prompt
+from tests.support.stub_runtime import PROMPT, answer, engine_of, request, running, until
 
 pytestmark = pytest.mark.asyncio
-
-PROMPT = prompt(1, 40)  # two blocks and a tail
-
-
-@asynccontextmanager
-async def running(home: Path, max_running: int = 2, max_queue: int = 2, **store: int) -> AsyncIterator[Runtime]:
-    async with opened(home, **store) as kv:
-        engine = StubEngine(lambda start, n, slot: _write(kv, start, n, slot))
-        cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
-        runtime = Runtime(engine, kv, cost, Limits(max_running, max_queue, store_completions=True))
-        yield runtime
-        for gate in (engine.admission, engine.restoring, engine.exporting, engine.decoding):
-            gate.open()
-        await runtime.drain(5)
-        assert kv._dram._pinned == 0, "every staged run was unpinned"
-        assert all(entry.state is not SlotState.RESERVED for entry in kv._dram.entries()), "every reservation ended"
-
-
-def _write(store: TieredStore, start: int, n_tokens: int, slot: int) -> None:
-    kv = payload(PROMPT[start : start + n_tokens], start)
-    view(store, slot)[: len(kv)] = kv
-
-
-def request(name: str = "r", tokens: Tokens = PROMPT, max_tokens: int = 4) -> GenerateRequest:
-    return GenerateRequest(name, NS, tokens, SamplingParams(max_tokens=max_tokens))
-
-
-async def answer(runtime: Runtime, asked: GenerateRequest) -> list[Chunk | Finished]:
-    return [event async for event in runtime.generate(asked)]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async def wait() -> None:
-        while not condition():  # noqa: ASYNC110 - of any kind, so there is no event to wait for
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(wait(), 10)
-
-
-def engine_of(runtime: Runtime) -> StubEngine:
-    assert isinstance(runtime.engine, StubEngine)
-    return runtime.engine
 
 
 async def test_an_answer_is_complete_before_its_blocks_are_stored(tmp_path: Path) -> None:
@@ -165,20 +119,20 @@ async def test_a_stop_tells_who_waits_for_cells_to_come_back(tmp_path: Path) -> 
 
 async def test_a_text_that_crashes_the_engine_twice_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path) as runtime:
-        engine_of(runtime).text_error = EngineDied("the engine process died")
+        engine_of(runtime).poison.add("poison")
         for _ in range(2):
             with pytest.raises(EngineDied):
                 await runtime.tokenize("poison")
         with pytest.raises(RequestError) as refused:
             await runtime.tokenize("poison")
         assert refused.value.status == 422
-        engine_of(runtime).text_error = None
         assert await runtime.tokenize("food")
 
 
 async def test_a_request_the_engine_never_saw_is_not_to_blame(tmp_path: Path) -> None:
     async with running(tmp_path) as runtime:
         engine = engine_of(runtime)
+        engine.pid = None
 
         async def dead(*_: object) -> int:
             raise EngineDied("the engine process did not come back")
@@ -187,7 +141,7 @@ async def test_a_request_the_engine_never_saw_is_not_to_blame(tmp_path: Path) ->
         for _ in range(3):
             with pytest.raises(EngineDied):
                 await answer(runtime, request())
-        engine.begin = begin  # type: ignore[method-assign]
+        engine.begin, engine.pid = begin, 1  # type: ignore[method-assign]
         assert await answer(runtime, request())
 
 
@@ -234,3 +188,79 @@ async def test_a_load_beside_others_teaches_nothing(tmp_path: Path) -> None:
         engine_of(runtime).decoding.open()
         for each in asked:
             assert await each
+
+
+async def test_who_got_nothing_yet_is_asked_again_after_a_crash(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine = engine_of(runtime)
+        engine.decoding.shut()
+        asked = [asyncio.ensure_future(answer(runtime, request(f"r{n}", prompt(n, 40)))) for n in range(2)]
+        await until(lambda: engine.decoding.waiting == 2)
+        engine.die()
+        await until(lambda: runtime.totals.requeued == 2)
+        engine.decoding.open()
+        for each in asked:
+            assert isinstance((await each)[-1], Finished)
+        assert set(engine.alone) >= {"r0", "r1"}, "suspects run alone"
+        assert runtime.totals.requests == 2
+
+
+async def test_who_got_a_part_is_told_and_who_waits_for_all_of_it_is_not(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine = engine_of(runtime)
+        engine.ending.shut()
+        streaming = runtime.generate(request("stream", prompt(1, 40)))
+        whole = asyncio.ensure_future(answer(runtime, replace(request("whole", prompt(2, 40)), in_pieces=False)))
+        assert isinstance(await anext(streaming), Chunk)
+        await until(lambda: engine.ending.waiting == 2)
+        engine.die()
+        with pytest.raises(EngineDied):
+            await anext(streaming)
+        engine.ending.open()
+        assert [type(event) for event in await whole] == [Chunk, Finished]
+
+
+async def test_a_poison_request_is_condemned_and_no_other(tmp_path: Path) -> None:
+    async with running(tmp_path, max_running=8, max_queue=8) as runtime:
+        engine = engine_of(runtime)
+        poison = prompt(99, 40)
+        engine.poison.add(poison)
+        engine.decoding.shut()
+        good = [asyncio.ensure_future(answer(runtime, request(f"r{n}", prompt(n, 40)))) for n in range(6)]
+        bad = asyncio.ensure_future(answer(runtime, request("poison", poison)))
+        await until(lambda: engine.generation == 2)
+        engine.decoding.open()
+        for each in good:
+            assert isinstance((await each)[-1], Finished)
+        with pytest.raises(RequestError) as refused:
+            await bad
+        assert refused.value.status == 422
+        assert engine.generation == 3
+        with pytest.raises(RequestError):
+            await answer(runtime, request("again", poison))
+        assert engine.generation == 3, "the engine does not see it again"
+
+
+async def test_a_suspect_that_is_answered_is_none_any_more(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine = engine_of(runtime)
+        for _ in range(3):
+            engine.decoding.shut()
+            asked = asyncio.ensure_future(answer(runtime, request()))
+            await until(lambda: engine.decoding.waiting)
+            engine.die()
+            engine.decoding.open()
+            assert isinstance((await asked)[-1], Finished)
+
+
+async def test_a_request_put_back_after_a_crash_can_be_given_up(tmp_path: Path) -> None:
+    async with running(tmp_path, max_running=1) as runtime:
+        engine = engine_of(runtime)
+        engine.decoding.shut()
+        first = asyncio.ensure_future(answer(runtime, request("first")))
+        await until(lambda: engine.decoding.waiting)
+        engine.admission.shut()
+        engine.die()
+        await until(lambda: engine.admission.waiting)
+        first.cancel()
+        await until(lambda: not runtime.running and not engine.known)
