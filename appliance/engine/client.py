@@ -41,7 +41,22 @@ class Done:
     """Leading tokens of prompt + completion whose KV is in cells and can be exported. The last sampled token has none."""
 
 
-Event = Prefilled | NewTokens | Done
+@dataclass(frozen=True)
+class Computed:
+    """The prompt is being computed: so many leading tokens are in cells and may be exported now."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Preempted:
+    """The last event of a run that stopped to make room. What is in cells stays until park()."""
+
+    kv_tokens: int
+    """Leading tokens of prompt + completion whose KV is in cells and can be exported."""
+
+
+Event = Computed | Prefilled | NewTokens | Preempted | Done
 
 
 class EngineClient(ABC):
@@ -93,7 +108,18 @@ class EngineClient(ABC):
 
     @abstractmethod
     def run(self, request: str, sampling: SamplingParams) -> AsyncIterator[Event]:
-        """Prefill what is missing and decode. Ends after Done. EngineError if the request failed."""
+        """Prefill what is missing and decode. Ends after Done or Preempted. EngineError if the request failed.
+
+        After Preempted and park() a request is restored and run again: it goes on where it stopped.
+        """
+
+    @abstractmethod
+    async def preempt(self, request: str) -> None:
+        """Stop a run at the next step: Preempted follows, or Done if it ended first."""
+
+    @abstractmethod
+    async def park(self, request: str) -> None:
+        """After Preempted: its sequence becomes evictable residency. The request is still known."""
 
     @abstractmethod
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:

@@ -16,6 +16,8 @@ Control -> engine. Every call has `op` and `call` (an integer); the engine answe
   begin      request, ns, tokens, reserve_tokens            -> resident tokens; pins them and makes the request known
   restore    request, start, blocks [[slot, n, use], ...]   -> tokens now present; answered when linked
   run        request, sampling: SamplingParams map          -> null at once; then events until `done`
+  preempt    request                                        -> null; `preempted` follows, or `done` if it ended first
+  park       request                                        -> null; after `preempted`: the sequence becomes evictable
   export     request, blocks [[start, n, slot], ...]        -> null when every slot holds its block
   release    request                                        -> null; the request's sequence becomes evictable residency
   cancel     request                                        -> null; `done` with reason cancelled follows if it ran
@@ -26,15 +28,21 @@ Life of a request in the engine: begin, restore*, run, (events), export*, releas
 plus reserve_tokens) are claimed when it is admitted, before its first restore or prefill; until then it queues. `begin` only
 pins what is resident; `restore` and `run` wait for admission, so a restore of no blocks is a wait for admission. A request
 released without `run` leaves what was restored resident. max_tokens 0 prefills and is done. `release` is owed for every `begin`, also after an error.
+A preempted request is parked, restored (`restore` with no blocks waits for cells again) and run again: it goes on where it
+stopped, what it had generated being restored or computed like its prompt.
 A prefix is kept from eviction while a request that holds it has not been released: exports need not hurry.
 
 Engine -> control, unasked:
 
+  {"event": "computed", "request", "tokens"}
+             so many leading tokens of a long prompt are in cells: they may be exported
   {"event": "prefilled", "request", "prefill_tokens", "prefill_s"}
              the prompt's KV is complete: it may be exported
   {"event": "tokens", "request", "ids": u32le bytes, "text": str, "logprobs": [[token, logprob, [[token, logprob], ...]], ...] | nil}
              text is whole UTF-8 characters only; held back while it may be the start of a stop string
   {"event": "done", "request", "reason", "completion_tokens", "decode_s", "kv_tokens"}
+  {"event": "preempted", "request", "kv_tokens"}
+             the run has ended for now; what is in cells stays, and may be exported, until `park`
   {"event": "failed", "request", "message"}
              this request only; the engine lives on
   {"event": "progress", "fraction"}     while loading

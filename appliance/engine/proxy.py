@@ -13,7 +13,7 @@ from typing import Any
 
 from appliance.engine import wire
 from appliance.engine.base import EngineConfig, EngineInfo
-from appliance.engine.client import Done, EngineClient, Event
+from appliance.engine.client import Done, EngineClient, Event, Preempted
 from appliance.engine.process import EngineProcess
 from appliance.engine.protocol import EngineStats
 from appliance.engine.request import Failed
@@ -180,7 +180,7 @@ class EngineProxy(EngineClient):
             await process.call("run", request=request, sampling=wire.sampling_to_map(sampling))
             while not ended:
                 event = await events.get()
-                ended = isinstance(event, (Done, Failed, EngineDied))
+                ended = isinstance(event, (Done, Preempted, Failed, EngineDied))
                 if isinstance(event, EngineDied):
                     raise event
                 if isinstance(event, Failed):
@@ -190,6 +190,12 @@ class EngineProxy(EngineClient):
             process.unsubscribe(request)
             if not ended:
                 process.notify("cancel", request=request)  # nobody listens any more: stop computing
+
+    async def preempt(self, request: str) -> None:
+        await self._call_for(request, "preempt")
+
+    async def park(self, request: str) -> None:
+        await self._call_for(request, "park")
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
         await self._call_for(request, "export", blocks=blocks)

@@ -1,6 +1,6 @@
 """Which requests exist, which of them wait for cells, which run, and how each ends.
 
-Invariant: a request that was run ends in exactly one Done or Failed, and waiting requests are admitted first come, first
+Invariant: a run ends in exactly one Done, Failed or Preempted, a request in no more than one of the first two, and waiting requests are admitted first come, first
 served. Free cells >= what admitted requests may still need, so a request that was admitted never fails for want of
 cells, and a request that could never fit is refused at begin.
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from appliance.engine.base import Engine
 from appliance.engine.cells import Cells
-from appliance.engine.client import Done, Event
+from appliance.engine.client import Done, Event, Preempted
 from appliance.engine.detok import TextStream
 from appliance.engine.protocol import EngineStats
 from appliance.engine.request import Failed, Request
@@ -110,7 +110,7 @@ class Roster:
                         return  # its release will make room
                     self._admit_past_pins(request)
                 self._queue.popleft()
-                if request.sampling:
+                if request.was_run:
                     self._start(request)
 
     def _admit_past_pins(self, request: Request) -> None:
@@ -123,8 +123,11 @@ class Roster:
 
     def run(self, request: Request, sampling: SamplingParams) -> None:
         """Compute from now on, or as soon as there are cells."""
-        assert request.sampling is None, "a request runs once"
-        request.sampling, request.text = sampling, TextStream(sampling.stop)
+        assert not request.was_run, "a request runs once at a time"
+        if request.preempted:
+            request.preempted = False
+        else:
+            request.sampling, request.text = sampling, TextStream(sampling.stop)
         if request.ended:
             self.finish(request, FinishReason.CANCELLED)
         elif request.sequence:
@@ -136,12 +139,46 @@ class Roster:
         """Admitted and run: from now on it takes part in steps."""
         assert request.sampling
         try:
-            if request.sampling.max_tokens:
+            if request.sampling.max_tokens and request.sampler is None:
                 request.sampler = self._engine.new_sampler(request.sampling, request.prompt)
         except KvctlError as error:
             self.fail(request, error)
         else:
             self.streams.append(request)
+
+    def preempt(self, request_id: str) -> None:
+        """Stop computing for now. What is in cells stays until park(). Not running: nothing to do."""
+        request = self._requests.get(request_id)
+        if request is None or request.ended or not request.was_run:
+            return
+        with self.lock:
+            request.preempt()
+            if request in self._queue:
+                self._queue.remove(request)
+            if request in self.streams:
+                self.streams.remove(request)
+        self.emit(request.id, Preempted(request.sequence.length if request.sequence else 0))
+
+    def park(self, request_id: str) -> None:
+        """Keep the sequence of a preempted request for whoever finds it, and give up what it claimed."""
+        request = self.known(request_id)
+        if not request.preempted:
+            raise EngineError("only a preempted request can be parked")
+        with self.lock:
+            self.transfers.cancel(request, exports=True)
+            self.cells.unpin(request)
+            if request.sequence:
+                self.cells.release(request.sequence)
+                request.sequence = None
+
+    def pin(self, request: Request) -> None:
+        """Of a parked request, what is resident; begin() does it for a new one."""
+        books = self.cells.residency
+        with self.lock:
+            if request.sequence is None and request.pin is None and self.cells.shares:
+                source, resident = books.lookup(request.ns, request.prompt)
+                if source:
+                    request.pin = books.pin(source, min(resident, len(request.prompt) - 1))
 
     def cancel(self, request_id: str) -> None:
         """Stop computing. What is in cells stays and may be exported. No such request: nothing to do."""
@@ -153,7 +190,7 @@ class Roster:
             self.cells.unpin(request)
             if request in self._queue:
                 self._queue.remove(request)
-            if request.sampling:
+            if request.was_run:
                 self.finish(request, FinishReason.CANCELLED)
             else:
                 request.end()

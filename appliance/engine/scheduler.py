@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from appliance.engine.base import Engine, KVMode, Row
-from appliance.engine.client import NewTokens, Prefilled
+from appliance.engine.client import Computed, NewTokens, Prefilled
 from appliance.engine.request import Request
 from appliance.engine.roster import Roster
 from appliance.engine.transfer import Export, Restore
@@ -27,6 +27,9 @@ from appliance.errors import EngineError, KvctlError, RestoreError
 from appliance.types import FinishReason, SamplingParams, Tokens
 
 T = TypeVar("T")
+
+COMPUTED_BLOCKS = 16
+"""So many more blocks of a long prompt, and the control process is told that they may be exported."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ class Scheduler:
 
         def command() -> None:
             request = self._roster.known(request_id)
-            if request.ended or request.sampling:
+            if request.ended or request.was_run:
                 raise RestoreError("the request runs already, or has ended")
+            if request.preempted:
+                self._roster.pin(request)
             self._transfers.restores.append(Restore(request, start, deque(blocks), reply))
             self._roster.enqueue(request)
 
@@ -68,12 +73,18 @@ class Scheduler:
 
         def command() -> None:
             request = self._roster.known(request_id)
-            if request.sampling:
+            if request.was_run:
                 raise EngineError("the request was run before")
             reply.set_result(None)
             self._roster.run(request, sampling)
 
         return self._post(command, reply)
+
+    def preempt(self, request_id: str) -> Future[None]:
+        return self._post_done(lambda: self._roster.preempt(request_id))
+
+    def park(self, request_id: str) -> Future[None]:
+        return self._post_done(lambda: self._roster.park(request_id))
 
     def export(self, request_id: str, blocks: Sequence[tuple[int, int, int]]) -> Future[None]:
         reply: Future[None] = Future()
@@ -193,6 +204,7 @@ class Scheduler:
             request.prefill_tokens += n
             request.prefill_s += elapsed_s
             if sequence.length < len(request.prompt):
+                self._tell_computed(request, sequence.length)
                 return
             self._prompt_done(request)
         if request.limit_tokens:
@@ -200,7 +212,14 @@ class Scheduler:
         else:
             self._roster.finish(request, FinishReason.LENGTH)
 
+    def _tell_computed(self, request: Request, computed: int) -> None:
+        if computed - request.computed >= COMPUTED_BLOCKS * self._engine.info.layout.block_tokens:
+            request.computed = computed
+            self._roster.emit(request.id, Computed(computed))
+
     def _prompt_done(self, request: Request) -> None:
+        if request.resumed_tokens:
+            return  # the prompt was complete before
         request.prefilled_s = time.monotonic()
         self._roster.emit(request.id, Prefilled(request.prefill_tokens, request.prefill_s))
 

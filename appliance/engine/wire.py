@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
-from appliance.engine.client import Done, Event, NewTokens, Prefilled
+from appliance.engine.client import Computed, Done, Event, NewTokens, Preempted, Prefilled
 from appliance.engine.protocol import LENGTH, MAX_MESSAGE_BYTES, unpack
 from appliance.engine.request import Failed
 from appliance.errors import EngineError, KvctlError, ModelError, RequestError, RestoreError
@@ -20,6 +20,11 @@ from appliance.types import BlockLayout, Fingerprint, FinishReason, SamplingPara
 
 MALFORMED = (ValueError, TypeError, KeyError)
 """What decoding a message of a broken peer may raise."""
+
+_EVENTS: dict[str, type[Computed | Prefilled | Preempted | Done | Failed]] = {
+    "computed": Computed, "prefilled": Prefilled, "preempted": Preempted, "done": Done, "failed": Failed
+}  # fmt: skip
+_EVENT_NAMES = {kind: name for name, kind in _EVENTS.items()}
 
 _ERRORS: dict[str, type[KvctlError]] = {kind.__name__: kind for kind in (EngineError, ModelError, RestoreError)}
 
@@ -103,11 +108,10 @@ def event_to_map(request: str, event: Event | Failed) -> dict[str, Any]:
         return {
             "event": "tokens", "request": request, "ids": event.tokens.data, "text": event.text, "logprobs": logprobs or None
         }  # fmt: skip
-    kind = {Prefilled: "prefilled", Done: "done", Failed: "failed"}[type(event)]
     fields = dataclasses.asdict(event)
     if isinstance(event, Done):
         fields["reason"] = event.reason.value
-    return {"event": kind, "request": request, **fields}
+    return {"event": _EVENT_NAMES[type(event)], "request": request, **fields}
 
 
 def event_from_map(message: Mapping[str, Any]) -> Event | Failed:
@@ -121,4 +125,4 @@ def event_from_map(message: Mapping[str, Any]) -> Event | Failed:
         return NewTokens(Tokens(fields["ids"]), fields["text"], logprobs)
     if kind == "done":
         return Done(**{**fields, "reason": FinishReason(fields["reason"])})
-    return Failed(**fields) if kind == "failed" else Prefilled(**fields)
+    return _EVENTS[kind](**fields)

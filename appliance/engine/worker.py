@@ -82,6 +82,8 @@ class Worker:
             "begin": lambda m: self._roster.begin(m["request"], m["ns"], Tokens(m["tokens"]), m["reserve_tokens"]),
             "restore": lambda m: self._scheduler.restore(m["request"], m["start"], _triples(m["blocks"])),
             "run": lambda m: self._scheduler.run_request(m["request"], wire.sampling_from_map(m["sampling"])),
+            "preempt": lambda m: self._scheduler.preempt(m["request"]),
+            "park": lambda m: self._scheduler.park(m["request"]),
             "export": lambda m: self._scheduler.export(m["request"], _triples(m["blocks"])),
             "release": lambda m: self._scheduler.release(m["request"]),
             "cancel": lambda m: self._scheduler.cancel(m["request"]),

@@ -22,6 +22,10 @@ DOCUMENTS = [prompt(40, seed) for seed in range(2)]
 TAILS = [Tokens(), prompt(5, 7), prompt(13, 8)]
 
 
+def asked(request: Request) -> Tokens:
+    return request.prompt[: len(request.prompt) - request.resumed_tokens]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     known = Bundle("known")
 
@@ -69,6 +73,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.ran.add(name)
             self.bench.run(name, max_tokens)
 
+    @rule(name=known, n_steps=st.integers(0, 4), evicted=st.booleans())
+    def preempt(self, name: str, n_steps: int, evicted: bool) -> None:
+        """It makes room for a while, at any stage."""
+        bench, request = self.bench, self.begun[name]
+        bench.scheduler.preempt(name)
+        bench.step()
+        if not request.preempted or request.ended:
+            return
+        bench.scheduler.park(name)
+        if evicted:
+            self.evict()
+        self.step(n_steps)
+        self.restore(name, 60, True)
+        self.step(n_steps)
+        bench.run(name, 12)
+
     @rule(name=known)
     def cancel(self, name: str) -> None:
         self.bench.scheduler.cancel(name)
@@ -115,7 +135,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert isinstance(reply.exception(timeout=0), (EngineError, type(None)))
         for exported, name, blocks in self.exports:
             if not exported.exception(timeout=0):
-                self.check_export(self.begun[name].prompt + Tokens.of(bench.tokens(name)), blocks)
+                self.check_export(asked(self.begun[name]) + Tokens.of(bench.tokens(name)), blocks)
         for name, request in self.begun.items():
             end = bench.end(name)
             assert (end is not None) is (name in self.ran)
@@ -138,7 +158,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_tokens(self, name: str, request: Request, end: Done) -> None:
         tokens = self.bench.tokens(name)
-        assert tokens == reference(request.prompt, 12)[: len(tokens)], "never a wrong token"
+        assert tokens == reference(asked(request), 12)[: len(tokens)], "never a wrong token"
         if end.reason is FinishReason.LENGTH:
             assert request.sampling
             assert len(tokens) == request.limit_tokens
