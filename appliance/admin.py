@@ -142,6 +142,7 @@ class ApplianceAdmin(Admin):
             computed_tokens=totals.computed_tokens,
             completion_tokens=totals.completion_tokens,
             staged_ahead_tokens=totals.staged_ahead_tokens,
+            preemptions=totals.preemptions,
             requeued_requests=totals.requeued,
             loaded_bytes={tier: int(count) for tier, count in loaded.items()},
             load_bytes_per_s={
@@ -164,6 +165,7 @@ class ApplianceAdmin(Admin):
             "computed_tokens_total": float(totals.computed_tokens),
             "completion_tokens_total": float(totals.completion_tokens),
             "staged_ahead_tokens_total": float(totals.staged_ahead_tokens),
+            "preemptions_total": float(totals.preemptions),
             "requeued_requests_total": float(totals.requeued),
             **self._store.counters(),
             "engine_restarts_total": float(self._engine.generation - 1),

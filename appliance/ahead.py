@@ -43,6 +43,10 @@ class StagedAhead:
     """Brought into DRAM."""
     seconds: float = 0.0
 
+    def __add__(self, later: StagedAhead) -> StagedAhead:
+        tiers = {**later.tiers, **self.tiers}
+        return StagedAhead(tiers, self.tokens + later.tokens, self.seconds + later.seconds)
+
 
 @dataclass(eq=False)
 class _Place:

@@ -59,14 +59,17 @@ class Quarantine:
             self._crashes.pop(self._digest(content), None)
 
     @asynccontextmanager
-    async def inside(self, content: Content) -> AsyncGenerator[Stay, None]:
-        """While this content is in the engine: a suspect without any other suspect."""
+    async def inside(self, content: Content, generation: int | None = None) -> AsyncGenerator[Stay, None]:
+        """While this content is in the engine: a suspect without any other suspect.
+
+        `generation`: of the engine process that knows it already; None if it is new.
+        """
         if self.suspects(content):
             async with self._alone:
-                with self._staying(content) as stay:
+                with self._staying(content, generation) as stay:
                     yield stay
         else:
-            with self._staying(content) as stay:
+            with self._staying(content, generation) as stay:
                 yield stay
 
     def crashed(self, stay: Stay) -> bool:
@@ -81,9 +84,10 @@ class Quarantine:
         return True
 
     @contextmanager
-    def _staying(self, content: Content) -> Generator[Stay, None, None]:
-        engine = self._engine
-        stay = Stay(content, engine.generation if engine.pid is not None else engine.generation + 1)
+    def _staying(self, content: Content, generation: int | None) -> Generator[Stay, None, None]:
+        if generation is None:
+            generation = self._engine.generation + (self._engine.pid is None)
+        stay = Stay(content, generation)
         self._inside.add(stay)
         try:
             yield stay

@@ -45,6 +45,8 @@ class Timings:
     ttft_ms: float
     staged_ahead_ms: float = 0.0
     """Of queue_ms: what staging took that its load did not have to wait for."""
+    paused_ms: float = 0.0
+    """It was preempted for so long; in ttft_ms and in no other time."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from appliance.engine.client import EngineClient
 from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, frames_of
 from appliance.kv.base import KVStore
 from appliance.plan.cost import CostModel
+from appliance.pressure import Pressure
 from appliance.quarantine import Content, Quarantine
 from appliance.reply import Reply
 from appliance.request import Chunk, Finished, GenerateRequest, Timings
@@ -46,6 +47,8 @@ class _Outcome(Enum):
     """Of one turn."""
 
     COMPLETE = "complete"
+    PREEMPTED = "preempted"
+    """What it computed is stored; it goes on in its next turn."""
     CRASHED = "crashed"
     """The engine died, and is started again."""
 
@@ -64,8 +67,8 @@ class Runtime:
         self.totals = Totals()
         self.turns = Turns(limits.max_running, limits.max_queue)
         self._ahead = Ahead(engine, store, cost, lambda: (turn.request_id for turn in self.turns.line()))
-        self._parts = Parts(engine, store, cost, self._ahead)
-        self._limits = limits
+        self._parts = Parts(engine, store, cost, self._ahead, limits.store_completions)
+        self._pressure = Pressure(self.turns, lambda request_id: self._spawn(self._preempt(request_id)))
         self._quarantine = Quarantine(engine)
         self._text = TextCalls(engine, self._quarantine)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,27 +131,29 @@ class Runtime:
         self._quarantine.check(content)
         alone = self._quarantine.suspects(content)
         turn = self.turns.enter(request.request_id, request.ns.tenant, len(request.prompt), alone=alone)
-        self._ahead.join(request.request_id, request.ns, request.prompt)
+        self._waits(request, request.prompt)
         return turn
+
+    def _waits(self, request: GenerateRequest, tokens: Tokens) -> None:
+        """It has a place in the queue; `tokens` are what it will need in cells."""
+        self._ahead.join(request.request_id, request.ns, tokens)
+        self._pressure.watch()
 
     async def _drive(self, request: GenerateRequest, turn: Turn, reply: Reply) -> None:
         """One request's life: it is answered, its turn ends, and its cells are released."""
         arrived_s = time.perf_counter()
         run = RequestRun(self._parts, request, arrived_s)
         try:
-            while await self._compute(run, turn, reply) is _Outcome.CRASHED:
-                if reply.begun:
-                    raise EngineDied("the engine process died", retry_after_s=self.turns.retry_after_s())
-                content = self._content(request)
-                self._quarantine.check(content)
-                await run.release()
-                run = RequestRun(self._parts, request, arrived_s)
-                reply.begin_anew()
-                self.totals.requeued += 1
-                self.turns.put_back(turn, len(request.prompt), alone=self._quarantine.suspects(content))
-                self._ahead.join(request.request_id, request.ns, request.prompt)
+            while (outcome := await self._compute(run, turn, reply)) is not _Outcome.COMPLETE:
+                if outcome is _Outcome.CRASHED:
+                    self._begin_anew(request, reply)
+                    await run.release()
+                    run = RequestRun(self._parts, request, arrived_s)
+                alone = self._quarantine.suspects(self._content(request))
+                self.turns.put_back(turn, len(request.prompt) if outcome is _Outcome.CRASHED else 1, alone=alone)
+                self._waits(request, run.sequence)
             self.turns.leave(turn)
-            await run.write_behind(completions=self._limits.store_completions)
+            await run.write_behind()
         except KvctlError as error:
             if reply.ended:
                 log.warning("after the answer: %s", error)
@@ -162,6 +167,14 @@ class Runtime:
             self.turns.leave(turn)
             self._ahead.leave(request.request_id)
             await run.release()
+
+    def _begin_anew(self, request: GenerateRequest, reply: Reply) -> None:
+        """After a crash. EngineDied if the client has a part of the answer, RequestError if the request is to blame."""
+        if reply.begun:
+            raise EngineDied("the engine process died", retry_after_s=self.turns.retry_after_s())
+        self._quarantine.check(self._content(request))
+        reply.begin_anew()
+        self.totals.requeued += 1
 
     async def _compute(self, run: RequestRun, turn: Turn, reply: Reply) -> _Outcome:
         """One turn, from its grant to its end."""
@@ -179,12 +192,16 @@ class Runtime:
 
         content = self._content(request)
         await self.turns.wait(turn)
-        async with self._quarantine.inside(content) as stay:
+        async with self._quarantine.inside(content, run.generation) as stay:
             try:
                 await run.admit()
                 self.turns.has_cells(turn)
                 self.turns.expect(turn, await run.load(alone))
-                await run.generate(emit, alone)
+                self.turns.computes(turn)
+                if not await run.generate(emit, alone):
+                    await run.park()
+                    self.totals.preemptions += 1
+                    return _Outcome.PREEMPTED
             except EngineDied:
                 if not self._quarantine.crashed(stay):
                     raise
@@ -194,6 +211,10 @@ class Runtime:
 
     def _content(self, request: GenerateRequest) -> Content:
         return lambda: self.store.root(request.ns) + request.prompt.data
+
+    async def _preempt(self, request_id: str) -> None:
+        with suppress(EngineError):
+            await self.engine.preempt(request_id)
 
     async def _cancel(self, live: _Live) -> None:
         """Leave the queue; or stop decoding and let the task export what was computed. Repeated: the engine may not know it yet."""

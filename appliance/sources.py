@@ -24,9 +24,12 @@ class Sources:
         if tier is not None:
             self._by_tier[tier] = self._by_tier.get(tier, 0) + gained
 
-    def total(self, computed: int, *, complete: bool) -> TokensBySource:
-        """`computed`: prompt tokens that were prefilled. `complete`: the prompt is in cells, to its last token."""
+    def total(self, computed: int | None, *, complete: bool) -> TokensBySource:
+        """`computed`: prompt tokens that were prefilled; None: all that came from no tier. `complete`: the prompt was in
+        cells, to its last token."""
         by_tier = dict(self._by_tier)
+        if computed is None:
+            computed = max(self._prompt_tokens - sum(by_tier.values()), 1) if complete else 0
         surplus = sum(by_tier.values()) + computed - self._prompt_tokens
         if complete and surplus < 0:  # taken over, in cells, from requests that computed it meanwhile
             by_tier[Tier.HBM] = by_tier.get(Tier.HBM, 0) - surplus

@@ -19,6 +19,7 @@ class Totals:
     cached: dict[Tier, int] = field(default_factory=dict)
     staged_ahead_tokens: int = 0
     """Brought into DRAM while their request waited."""
+    preemptions: int = 0
     requeued: int = 0
     """Times a request was put back into the queue because the engine died."""
 

@@ -76,6 +76,11 @@ class Turns:
     def waiting_tenants(self) -> int:
         return len(self._queues)
 
+    @property
+    def crowded(self) -> bool:
+        """Somebody waits, for a turn or for cells."""
+        return bool(self._queues) or self._admitting is not None
+
     def is_waiting(self, turn: Turn) -> bool:
         return turn in self._queues.get(turn.tenant, ())
 
@@ -116,6 +121,10 @@ class Turns:
         """What is left to compute is known now, and charged."""
         turn.expected = 0
         self.charge(turn, tokens)
+
+    def computes(self, turn: Turn) -> None:
+        """From now on it may have to make room."""
+        turn.computing = True
 
     def charge(self, turn: Turn, tokens: int) -> None:
         self._levels[turn.tenant] += tokens

@@ -81,6 +81,8 @@ class Totals(Model):
     completion_tokens: int
     staged_ahead_tokens: int = 0
     """Prompt tokens brought into DRAM while their request waited."""
+    preemptions: int = 0
+    """Times a request made room for others and went on later."""
     requeued_requests: int = 0
     """Times a request was asked again because the engine died."""
     loaded_bytes: dict[str, int]

@@ -146,7 +146,7 @@ class Tally:
 
     def explanation(self) -> Explanation:
         sources = ("hbm", "dram", "nvme", "remote", "computed")
-        times = ("queue", "staged_ahead", "load", "prompt", "predicted", "ttft")
+        times = ("queue", "staged_ahead", "load", "prompt", "predicted", "paused", "ttft")
         return Explanation(
             tokens={name: sum(getattr(f.sources, name) for f in self._leaders) for name in sources},
             timings_ms={name: max(getattr(f.timings, f"{name}_ms") for f in self._leaders) for name in times},

