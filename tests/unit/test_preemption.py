@@ -20,11 +20,6 @@ pytestmark = pytest.mark.asyncio
 OTHER = Namespace("other")
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.pressure.PATIENCE_S", 0.05)
-
-
 @pytest.mark.parametrize("point", ["computing", "decoding", "ending"])
 async def test_a_preempted_request_goes_on_and_its_client_sees_a_pause(tmp_path: Path, point: str) -> None:
     async with running(tmp_path) as runtime:
@@ -48,7 +43,10 @@ async def test_a_preempted_request_goes_on_and_its_client_sees_a_pause(tmp_path:
             assert end.sources.computed == len(PROMPT), "and counts for what it was: computed"
 
 
-async def test_a_tenant_that_was_served_more_makes_room_for_one_that_waits(tmp_path: Path) -> None:
+async def test_a_tenant_that_was_served_more_makes_room_for_one_that_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.pressure.PATIENCE_S", 0.05)
     async with running(tmp_path, max_running=1) as runtime:
         engine = engine_of(runtime)
         engine.ending.shut()
