@@ -184,4 +184,4 @@ async def test_who_was_parked_when_the_engine_died_is_asked_again_and_blames_nob
         assert isinstance((await asked)[-1], Finished)
         assert isinstance((await other)[-1], Finished)
         assert engine.generation == 2
-        await until(lambda: not runtime._quarantine)  # both were answered
+        await until(lambda: not runtime._quarantine._crashes)  # both were answered
