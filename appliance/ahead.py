@@ -79,7 +79,8 @@ class Ahead:
         self._staging: tuple[_Place, asyncio.Task[None]] | None = None
 
     def join(self, request_id: str, ns: Namespace, tokens: Tokens) -> None:
-        """It waits from now on."""
+        """It waits from now on, maybe again."""
+        self.leave(request_id)
         if self._budget:
             self._places[request_id] = _Place(request_id, ns, tokens)
             asyncio.get_running_loop().call_later(LINGER_S, self._go_on)
