@@ -271,6 +271,8 @@ def _service(
         description=info.description,
         build=info.engine,
         slots=profile.server.max_running,
+        tool_format=info.tool_format,
+        grammars=info.grammars,
     )
     return Service(
         runtime=runtime,

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from appliance.ahead import Ahead
@@ -93,8 +94,13 @@ class Runtime:
         """Of a whole prompt: its author decides where special tokens are. Messages go through render()."""
         return await self._text.tokenize(text, add_special=add_special, parse_special=parse_special)
 
-    async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
-        return await self._text.render(messages, tools)
+    async def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tokens:
+        return await self._text.render(messages, tools, options)
 
     async def detokenize(self, tokens: Tokens) -> str:
         return await self.engine.detokenize(tokens)

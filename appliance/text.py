@@ -6,7 +6,7 @@ Threading: event loop only.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from appliance.engine.client import EngineClient
@@ -28,9 +28,12 @@ class TextCalls:
             lambda: self._engine.tokenize(text, add_special=add_special, parse_special=parse_special),
         )
 
-    async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Tokens:
+    async def render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: Mapping[str, Any]
+    ) -> Tokens:
         return await self._guarded(
-            lambda: json.dumps([messages, tools]).encode(), lambda: self._engine.render(messages, tools)
+            lambda: json.dumps([messages, tools, dict(options)]).encode(),
+            lambda: self._engine.render(messages, tools, options),
         )
 
     async def _guarded(self, content: Content, call: Callable[[], Coroutine[Any, Any, T]]) -> T:

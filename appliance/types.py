@@ -180,6 +180,10 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no log-probabilities; n: of the chosen token and the n likeliest."""
     ignore_eos: bool = False
+    min_tokens: int = 0
+    """No end before so many tokens, unless a grammar allows nothing else."""
+    grammar: str | None = None
+    """GBNF, checked (chat/gbnf.py): the completion is a word of it, or the beginning of one where it is cut off."""
 
 
 class FinishReason(str, Enum):

@@ -86,11 +86,27 @@ class TextLogprobs(Body):
     text_offset: list[int]
 
 
+class FunctionCalled(Body):
+    """Also a delta: the name comes first and once, then the arguments in pieces."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCalled(Body):
+    index: int | None = None
+    """In deltas only."""
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCalled
+
+
 class ChatMessage(Body):
     """Also a delta, with only the fields that are new."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCalled] | None = None
 
 
 class ChatChoice(Body):

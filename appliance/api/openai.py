@@ -10,125 +10,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import Field, PlainValidator
 
+from appliance.api.chat_fields import Message, TemplateOptions, ToolChoice, Tools
+from appliance.api.constraints import Constrained
+from appliance.api.fields import Request, biases, only, prompts, stops, token_ids
 from appliance.types import Tokens
 
 MAX_CHOICES = 64
 MAX_MESSAGES = 10_000
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1_000
-MAX_BIASES = 1_024
+MAX_INPUTS = 256
 
+RETENTION_S = {"in_memory": 0.0, "in-memory": 0.0, "24h": 86_400.0}
+"""What `prompt_cache_retention` can ask for, in seconds."""
 
-def _token_ids(value: object) -> Tokens:
-    if not isinstance(value, list) or set(map(type, value)) - {int}:
-        raise ValueError("should be a list of token ids")
-    try:
-        return Tokens.of(value)
-    except OverflowError:
-        raise ValueError("token ids should lie between 0 and the size of the vocabulary") from None
-
-
-def _prompts(value: object) -> tuple[str | Tokens, ...]:
-    """One prompt or several, each text or token ids; ids become Tokens here, once."""
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and value:
-        kinds = set(map(type, value))
-        if kinds == {int}:
-            return (_token_ids(value),)
-        if kinds == {str}:
-            return tuple(value)
-        if kinds == {list}:
-            return tuple(map(_token_ids, value))
-    raise ValueError("should be a string, a list of strings, a list of token ids or a list of such lists; not empty")
-
-
-def _stops(value: object) -> tuple[str, ...]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise ValueError(f"should be a string or a list of at most {MAX_STOPS} strings")
-    for stop in stops:
-        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
-            raise ValueError(f"each stop should be a string of 1 to {MAX_STOP_CHARS} characters")
-    return tuple(stops)
-
-
-def _biases(value: object) -> tuple[tuple[int, float], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, dict) or len(value) > MAX_BIASES:
-        raise ValueError(f"should map at most {MAX_BIASES} token ids to a bias")
-    pairs = []
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise ValueError("keys should be token ids")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise ValueError("biases should lie between -100 and 100")
-        pairs.append((int(key), float(bias)))
-    return tuple(pairs)
-
-
-def _joined_parts(value: object) -> object:
-    """Content given as parts becomes one string; anything else is left to the field's own type."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError('only parts of type "text" are supported by this model; leave images, audio and files out')
-        if not isinstance(part.get("text"), str):
-            raise ValueError('the "text" of a part should be a string')
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _only(*allowed: object, hint: str) -> AfterValidator:
-    """Refuses every value but null and `allowed`."""
-
-    def check(value: object) -> object:
-        if value is not None and value not in allowed:
-            raise ValueError(f"not supported: {hint}")
-        return value
-
-    return AfterValidator(check)
-
-
-NoTools = Annotated[Any, _only([], hint="leave tools out and describe what you need in a message")]
-
-NoGrammar = Annotated[Any, _only(hint="leave it out and describe the form you need in a message")]
-
-
-class Request(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class Message(Request):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-    tool_calls: NoTools = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text(cls, value: object, info: ValidationInfo) -> object:
-        said_nothing = value is None and info.data.get("role") == "assistant"
-        return "" if said_nothing else _joined_parts(value)
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know it: they have no developer role."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+NoFunctions = Annotated[Any, only([], hint="use tools and tool_choice")]
 
 
 class StreamOptions(Request):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Request, ABC):
+class GenerationRequest(Constrained, ABC):
     """What both generation endpoints share. null means the default, everywhere."""
 
     model: str | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = Field(None, ge=0)
     n: int | None = Field(None, ge=1, le=8)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -137,28 +45,29 @@ class GenerationRequest(Request, ABC):
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    """vLLM's name for the same."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
-    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_biases)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(stops)] = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(biases)] = ()
     ignore_eos: bool | None = None
     cache_salt: str | None = Field(None, min_length=32, max_length=128)
     """Splits the cache inside a tenant: only requests with the same salt share KV."""
-    prompt_cache_key: str | None = None
+    prompt_cache_key: str | None = Field(None, max_length=1024)
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     user: str | None = None
     cache_prompt: bool | None = None
-    response_format: Annotated[
-        Any, _only({"type": "text"}, hint='leave response_format out or send {"type": "text"}')
-    ] = None
-
-    grammar: NoGrammar = None
-    json_schema: NoGrammar = None
 
     @property
     def token_limit(self) -> int | None:
         """Completion tokens the caller asked for."""
         return self.max_tokens
+
+    @property
+    def retention_s(self) -> float | None:
+        return None if self.prompt_cache_retention is None else RETENTION_S[self.prompt_cache_retention]
 
     @property
     @abstractmethod
@@ -171,11 +80,16 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: NoTools = None
-    functions: NoTools = None
-    tool_choice: Annotated[Any, _only("none", "auto", hint='leave tool_choice out or send "none"')] = None
-    function_call: Annotated[Any, _only("none", hint='leave function_call out or send "none"')] = None
-    modalities: Annotated[Any, _only(["text"], hint='leave modalities out or send ["text"]')] = None
+    tools: Tools = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateOptions = Field(default_factory=dict)
+    """What the model's own template knows: enable_thinking and the like."""
+    reasoning_effort: str | None = Field(None, max_length=16)
+    chat_template: Annotated[Any, only(hint="the model's own template is used")] = None
+    functions: NoFunctions = None
+    function_call: Annotated[Any, only("none", hint="use tools and tool_choice")] = None
+    modalities: Annotated[Any, only(["text"], hint='leave modalities out or send ["text"]')] = None
 
     @property
     def token_limit(self) -> int | None:
@@ -185,13 +99,18 @@ class ChatRequest(GenerationRequest):
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def template_options(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | self.chat_template_kwargs
+
 
 class CompletionRequest(GenerationRequest):
-    prompt: Annotated[tuple[str | Tokens, ...], PlainValidator(_prompts)]
+    prompt: Annotated[tuple[str | Tokens, ...], PlainValidator(prompts)]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Annotated[bool | None, _only(False, hint="leave echo out and prepend the prompt yourself")] = None
-    suffix: Annotated[str | None, _only("", hint="leave suffix out")] = None
-    best_of: Annotated[int | None, _only(1, hint="leave best_of out and choose among n completions yourself")] = None
+    echo: Annotated[bool | None, only(False, hint="leave echo out and prepend the prompt yourself")] = None
+    suffix: Annotated[str | None, only("", hint="leave suffix out")] = None
+    best_of: Annotated[int | None, only(1, hint="leave best_of out and choose among n completions yourself")] = None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -206,4 +125,4 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: Annotated[Tokens, PlainValidator(_token_ids)]
+    tokens: Annotated[Tokens, PlainValidator(token_ids)]

@@ -14,11 +14,13 @@ decode or restore finds no free cells, and is then unchanged.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
+from appliance.chat.tools import ToolFormat
 from appliance.types import BlockLayout, Fingerprint, SamplingParams, TokenLogprob, Tokens
 
 
@@ -91,6 +93,10 @@ class EngineInfo:
     cell_bytes: int
     """Bytes of all KV cells."""
     has_chat_template: bool
+    tool_format: ToolFormat
+    """How the model writes tool calls."""
+    grammars: bool
+    """Whether its samplers follow SamplingParams.grammar."""
     notes: tuple[str, ...]
     """What a user should know: what cannot be restored for this model, and similar."""
 
@@ -135,16 +141,25 @@ class Engine(ABC):
         """Token ids. `parse_special` turns special-token strings into their ids: for rendered templates only."""
 
     @abstractmethod
-    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         """Token ids of the chat template applied, with the generation prompt.
 
+        Messages are those of the OpenAI API: roles system, user, assistant and tool; content as text; an assistant's
+        `tool_calls`, with arguments as the text of a JSON object; a result's `tool_call_id`. `options` are handed to the
+        template as they are; one that does not know them ignores them.
         Special tokens come from the template only: special-token strings inside the messages stay text.
         RequestError if the template refuses the messages.
         """
 
     @abstractmethod
     def piece(self, token: int) -> bytes:
-        """Bytes of one token; may be part of a UTF-8 character; empty for control tokens."""
+        """Bytes of one token; may be part of a UTF-8 character; empty for control tokens, but those that mark a tool call."""
 
     # --- compute (compute thread) ------------------------------------------------------------------------------
 
@@ -158,7 +173,7 @@ class Engine(ABC):
 
     @abstractmethod
     def new_sampler(self, params: SamplingParams, prompt: Tokens) -> Sampler:
-        """`prompt` seeds the penalties."""
+        """`prompt` seeds the penalties. RequestError if it cannot follow the parameters."""
 
     # --- cells (compute thread) --------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ itself, and calls made meanwhile wait for it (up to its start deadline).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from appliance.engine.base import EngineInfo
@@ -84,8 +85,12 @@ class EngineClient(ABC):
 
     @abstractmethod
     async def render(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
-    ) -> Tokens: ...
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tokens:
+        """As Engine.render."""
 
     @abstractmethod
     async def detokenize(self, tokens: Tokens) -> str: ...

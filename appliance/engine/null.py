@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from appliance.chat.instructed import instructed
+from appliance.chat.tools import ToolFormat
 from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row, Sampled, Sampler
 from appliance.engine.sampling import Chain, Logits
 from appliance.errors import EngineError, RequestError, RestoreError
@@ -130,9 +133,15 @@ class NullEngine(Engine):
                 ids.extend(part.encode("utf-8", "replace"))
         return ids
 
-    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         ids = [BEGIN]
-        for message in messages:
+        for message in instructed(messages, tools or ()):
             role, content = message.get("role"), message.get("content")
             if f"<|{role}|>" not in SPECIALS[2:] or not isinstance(content, str):
                 raise RequestError("a message is text by system, user, assistant or tool", param="messages")
@@ -187,6 +196,8 @@ class NullEngine(Engine):
     def new_sampler(self, params: SamplingParams, prompt: Tokens) -> Sampler:
         if any(not 0 <= token < VOCAB_TOKENS for token, _ in params.logit_bias):
             raise RequestError("logit_bias names a token that does not exist", param="logit_bias")
+        if params.grammar is not None:
+            raise RequestError("the null engine follows no grammar", param="grammar")
         return NullSampler(self, Chain(params, prompt, END))
 
     # --- cells --------------------------------------------------------------------------------------------------
@@ -288,5 +299,7 @@ def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
         weight_bytes=0,
         cell_bytes=config.context_tokens * sum(layout.token_bytes),
         has_chat_template=True,
+        tool_format=ToolFormat.HERMES,
+        grammars=False,
         notes=(),
     )

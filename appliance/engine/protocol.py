@@ -10,7 +10,7 @@ Control -> engine. Every call has `op` and `call` (an integer); the engine answe
   load       config: EngineConfig map                       -> EngineInfo map; "progress" events before it
   pool       slot_bytes, slots                              -> null; the pool's memfd was inherited at start
   tokenize   text, add_special, parse_special               -> tokens
-  render     messages, tools?                               -> tokens (template applied, specials parsed)
+  render     messages, tools?, options                      -> tokens (template applied, specials parsed)
   detokenize tokens                                         -> text
   resident   ns, tokens                                     -> resident tokens; changes nothing
   begin      request, ns, tokens, reserve_tokens            -> resident tokens; pins them and makes the request known

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from appliance.engine import wire
@@ -144,8 +145,13 @@ class EngineProxy(EngineClient):
     async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
         return Tokens(await self._call("tokenize", text=text, add_special=add_special, parse_special=parse_special))
 
-    async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
-        return Tokens(await self._call("render", messages=messages, tools=tools))
+    async def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tokens:
+        return Tokens(await self._call("render", messages=messages, tools=tools, options=dict(options)))
 
     async def detokenize(self, tokens: Tokens) -> str:
         return str(await self._call("detokenize", tokens=tokens.data))

@@ -24,12 +24,14 @@ class Chain:
         self._penalises = params.repeat_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
         self._seen = Counter(prompt.ids()) if self._penalises else Counter[int]()
         self._random = np.random.default_rng(params.seed)
+        self._chosen = 0
 
     def choose(self, logits: Logits) -> tuple[int, TokenLogprob | None]:
         """One token, accepted into the chain's state, with its log-probability if asked for."""
         scores = self._adjusted(logits)
         greedy = self._params.temperature <= 0
         token = int(np.argmax(scores)) if greedy else self._draw(scores / self._params.temperature)
+        self._chosen += 1
         if self._penalises:
             self._seen[token] += 1
         return token, _logprob(logits.astype(np.float64), token, self._params.logprobs)
@@ -39,7 +41,7 @@ class Chain:
         scores = logits.astype(np.float64)
         for token, bias in params.logit_bias:
             scores[token] += bias
-        if params.ignore_eos:
+        if params.ignore_eos or self._chosen < params.min_tokens:
             scores[self._end_token] = -np.inf
         for token, count in self._seen.items():
             scores[token] *= 1 / params.repeat_penalty if scores[token] > 0 else params.repeat_penalty

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from appliance.chat.tools import ToolFormat
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
 from appliance.engine.client import Computed, Done, Event, NewTokens, Preempted, Prefilled
 from appliance.engine.protocol import LENGTH, MAX_MESSAGE_BYTES, unpack
@@ -65,7 +66,7 @@ def config_from_map(fields: Mapping[str, Any]) -> EngineConfig:
 
 
 def info_to_map(info: EngineInfo) -> dict[str, Any]:
-    return dataclasses.asdict(info) | {"kv_mode": info.kv_mode.value}
+    return dataclasses.asdict(info) | {"kv_mode": info.kv_mode.value, "tool_format": info.tool_format.value}
 
 
 def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
@@ -74,6 +75,7 @@ def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
         "kv_mode": KVMode(fields["kv_mode"]),
         "layout": BlockLayout(layout["block_tokens"], tuple(layout["token_bytes"]), tuple(layout["fixed_bytes"])),
         "fingerprint": Fingerprint(**fields["fingerprint"]),
+        "tool_format": ToolFormat(fields["tool_format"]),
         "notes": tuple(fields["notes"]),
     }
     return EngineInfo(**{**fields, **known})

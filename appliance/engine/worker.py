@@ -160,8 +160,8 @@ class Worker:
         )
 
     def _render(self, message: dict[str, Any]) -> Future[bytes]:
-        messages, tools = message["messages"], message["tools"]
-        return self._text.submit(lambda: Tokens.of(self._engine.render(messages, tools=tools)).data)
+        messages, tools, options = message["messages"], message["tools"], message["options"]
+        return self._text.submit(lambda: Tokens.of(self._engine.render(messages, tools=tools, options=options)).data)
 
     def _detokenize(self, message: dict[str, Any]) -> Future[str]:
         ids = Tokens(message["tokens"]).ids()

@@ -14,9 +14,10 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from appliance.api.chat_fields import Message
 from appliance.api.control import EvictRequest, PrefetchRequest, PromptRef, TenantAdd, VerifyRequest
-from appliance.api.openai import MAX_MESSAGES, Message
-from appliance.api.openai import Request as ApiRequest
+from appliance.api.fields import Request as ApiRequest
+from appliance.api.openai import MAX_MESSAGES
 from appliance.errors import RequestError
 from appliance.server.base import Admin
 from appliance.server.body import read_request, validate

@@ -24,6 +24,7 @@ from appliance.api.control import (
     VerifyProgress,
     VerifyRequest,
 )
+from appliance.chat.tools import ToolFormat
 from appliance.runtime import Runtime
 from appliance.server.metrics import Metrics
 
@@ -45,6 +46,10 @@ class ServedModel:
     """Engine name and build."""
     slots: int
     """Requests that run at once."""
+    tool_format: ToolFormat
+    """How it writes tool calls."""
+    grammars: bool
+    """Whether an answer can be held to a grammar."""
 
 
 @dataclass(frozen=True)

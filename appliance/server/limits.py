@@ -54,8 +54,14 @@ def completion_tokens(call: GenerationRequest, prompt_tokens: int, model: Served
     return asked or min(model.default_max_tokens, context - prompt_tokens)
 
 
-def sampling(call: GenerationRequest, max_tokens: int, model: ServedModel, choice: int) -> SamplingParams:
+def sampling(
+    call: GenerationRequest, max_tokens: int, model: ServedModel, choice: int, grammar: str | None
+) -> SamplingParams:
     """Parameters of one of n choices: each has a seed of its own."""
+    if grammar is not None and call.ignore_eos:
+        raise RequestError("ignore_eos: an answer of a given form ends when it is complete", param="ignore_eos")
+    if (call.min_tokens or 0) > max_tokens:
+        raise RequestError(f"min_tokens: is above the {max_tokens} that are generated at most", param="min_tokens")
     if any(token >= model.vocab_tokens for token, _ in call.logit_bias):
         highest = model.vocab_tokens - 1
         raise RequestError(f"logit_bias: token ids should lie between 0 and {highest}", param="logit_bias")
@@ -65,7 +71,7 @@ def sampling(call: GenerationRequest, max_tokens: int, model: ServedModel, choic
         top_p=_or(call.top_p, 1.0),
         top_k=max(0, call.top_k or 0),
         min_p=_or(call.min_p, 0.0),
-        repeat_penalty=_or(call.repeat_penalty, 1.0),
+        repeat_penalty=_or(_either(call), 1.0),
         frequency_penalty=_or(call.frequency_penalty, 0.0),
         presence_penalty=_or(call.presence_penalty, 0.0),
         seed=None if call.seed is None or call.seed == -1 else (call.seed + choice) % SEEDS,
@@ -73,7 +79,18 @@ def sampling(call: GenerationRequest, max_tokens: int, model: ServedModel, choic
         logit_bias=call.logit_bias,
         logprobs=call.wanted_logprobs,
         ignore_eos=bool(call.ignore_eos),
+        min_tokens=call.min_tokens or 0,
+        grammar=grammar,
     )
+
+
+def _either(call: GenerationRequest) -> float | None:
+    """The one penalty that has two names."""
+    if None not in (call.repeat_penalty, call.repetition_penalty) and call.repeat_penalty != call.repetition_penalty:
+        raise RequestError(
+            "repetition_penalty: is another name of repeat_penalty; send one of them", param="repetition_penalty"
+        )
+    return call.repetition_penalty if call.repeat_penalty is None else call.repeat_penalty
 
 
 def _or(value: float | None, default: float) -> float:

@@ -6,6 +6,7 @@ Event loop only.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,16 +17,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.api.answers import Body, Model, ModelList
+from appliance.api.chat_fields import conversation
 from appliance.api.openai import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
 from appliance.errors import RequestError
 from appliance.runtime import Chunk, GenerateRequest
 from appliance.server import limits
 from appliance.server.base import ServedModel, Service
 from appliance.server.body import read_request
+from appliance.server.constrain import grammar_of
 from appliance.server.generate import Batch, Tally, generate
 from appliance.server.logprobs import Pieces
 from appliance.server.shapes import ChatShape, Collected, Shape, TextShape
 from appliance.server.stream import event, event_stream, unless_disconnected
+from appliance.server.tool_use import tool_use
 from appliance.types import Tokens
 
 
@@ -44,8 +48,13 @@ def router(service: Service) -> APIRouter:
         if call.top_logprobs is not None and not call.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
         limits.check_model(call.model, service.model)
-        prompt = await service.runtime.render([message.for_template() for message in call.messages])
-        return await _answer(request, call, [prompt], ChatShape(service.model), "messages")
+        tools = tool_use(call, service.model)
+        grammar = await asyncio.to_thread(grammar_of, call, service.model, tools)
+        prompt = await service.runtime.render(
+            conversation(call.messages), [tool.for_template() for tool in tools.tools], call.template_options
+        )
+        shape = ChatShape(service.model, tools, usage_follows=_usage_wanted(call))
+        return await _answer(request, call, [prompt], shape, "messages", grammar)
 
     @routes.post("/completions")
     async def completions(request: Request) -> Response:
@@ -53,15 +62,22 @@ def router(service: Service) -> APIRouter:
         limits.check_model(call.model, service.model)
         if len(call.prompt) * (call.n or 1) > MAX_CHOICES:
             raise RequestError(f"prompt: at most {MAX_CHOICES} completions can be asked for at once", param="prompt")
+        grammar = await asyncio.to_thread(grammar_of, call, service.model)
         prompts = [p if isinstance(p, Tokens) else await service.runtime.tokenize(p) for p in call.prompt]
         for prompt in prompts:
             limits.check_vocabulary(prompt, service.model, "prompt")
-        return await _answer(request, call, prompts, TextShape(service.model), "prompt")
+        shape = TextShape(service.model, usage_follows=_usage_wanted(call))
+        return await _answer(request, call, prompts, shape, "prompt", grammar)
 
     async def _answer(
-        request: Request, call: GenerationRequest, prompts: Sequence[Tokens], shape: Shape, param: str
+        request: Request,
+        call: GenerationRequest,
+        prompts: Sequence[Tokens],
+        shape: Shape,
+        param: str,
+        grammar: str | None,
     ) -> Response:
-        batch = _batch(service, request.state.tenant, call, prompts, shape.id, param)
+        batch = _batch(service, request.state.tenant, call, prompts, shape.id, param, grammar)
         answering = _Answering(service, pieces, call, batch, shape, request.headers.get("x-kvctl-explain") == "1")
         if call.stream:
             return event_stream(answering.stream())
@@ -85,8 +101,19 @@ def _card(model: ServedModel) -> Model:
     )
 
 
+def _usage_wanted(call: GenerationRequest) -> bool:
+    """Whether a stream ends with a chunk for usage."""
+    return bool(call.stream and call.stream_options and call.stream_options.include_usage)
+
+
 def _batch(
-    service: Service, tenant: str, call: GenerationRequest, prompts: Sequence[Tokens], call_id: str, param: str
+    service: Service,
+    tenant: str,
+    call: GenerationRequest,
+    prompts: Sequence[Tokens],
+    call_id: str,
+    param: str,
+    grammar: str | None,
 ) -> Batch:
     ns = limits.namespace(call, tenant)
     n = call.n or 1
@@ -94,10 +121,19 @@ def _batch(
     for prompt in prompts:
         most = limits.completion_tokens(call, len(prompt), service.model, param)
         for choice in range(n):
-            sampling = limits.sampling(call, most, service.model, choice)
-            # of several choices the first one's first text tells the others to start
-            in_pieces = bool(call.stream) or n > 1
-            requests.append(GenerateRequest(f"{call_id}-{len(requests)}", ns, prompt, sampling, in_pieces=in_pieces))
+            sampling = limits.sampling(call, most, service.model, choice, grammar)
+            requests.append(
+                GenerateRequest(
+                    f"{call_id}-{len(requests)}",
+                    ns,
+                    prompt,
+                    sampling,
+                    call.prompt_cache_key,
+                    call.retention_s,
+                    # of several choices the first one's first text tells the others to start
+                    in_pieces=bool(call.stream) or n > 1,
+                )
+            )
     return Batch(requests, n)
 
 
@@ -138,23 +174,23 @@ class _Answering:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events. Usage, if wanted, comes in a chunk of its own; timings come in whatever chunk is last."""
         tally = Tally(self.batch)
-        usage_wanted = bool(self.call.stream_options and self.call.stream_options.include_usage)
+        usage_wanted = _usage_wanted(self.call)
         begun: set[int] = set()
         async with aclosing(generate(self.service.runtime, self.service.metrics, self.batch)) as events:
             async for index, happened in events:
-                parts: list[bytes | None] = []
+                parts: list[bytes] = []
                 if index not in begun:
                     begun.add(index)
-                    parts.append(self.shape.opening(index))
+                    parts += self.shape.opening(index)
                 if isinstance(happened, Chunk):
                     scored = await self.pieces.scored(happened) if self._wants_logprobs else None
-                    parts.append(self.shape.delta(index, happened.text, scored) if happened.text or scored else None)
+                    parts += self.shape.deltas(index, happened.text, scored)
                 else:
                     tally.finished[index] = happened
                     last = tally.complete and not usage_wanted
-                    parts.append(self.shape.ending(index, happened.reason.value, self._extras(tally) if last else {}))
-                if data := b"".join(event(part) for part in parts if part):
-                    yield data
+                    parts += self.shape.ending(index, happened.reason.value, self._extras(tally) if last else {})
+                if parts:
+                    yield b"".join(map(event, parts))
         if usage_wanted:
             yield event(self.shape.closing({"usage": tally.usage(), **self._extras(tally)}))
         yield event(b"[DONE]")

@@ -12,7 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from appliance.api.answers import Answer, ChatChoice, ChatLogprobs, ChatMessage, ScoredToken, TextChoice
+from appliance.api.answers import (
+    Answer,
+    ChatChoice,
+    ChatLogprobs,
+    ChatMessage,
+    FunctionCalled,
+    ScoredToken,
+    TextChoice,
+    ToolCalled,
+)
+from appliance.chat.calls import CallArguments, CallEvent, CallParser, CallStarted, Gathered, Said
+from appliance.chat.tools import ToolUse
 from appliance.server.base import ServedModel
 from appliance.server.logprobs import text_logprobs
 
@@ -36,10 +47,12 @@ class Shape(ABC):
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
     whole_object: Literal["chat.completion", "text_completion"]
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, *, usage_follows: bool) -> None:
+        """`usage_follows`: a stream ends with a chunk of its own for usage, and says so in every earlier one."""
         self.id = f"{self.prefix}{os.urandom(12).hex()}"
         self._created = int(time.time())
         self._model = model
+        self._promise: dict[str, Any] = {"usage": None} if usage_follows else {}
 
     def _answer(
         self,
@@ -57,12 +70,8 @@ class Shape(ABC):
             **extras,
         ).to_json()
 
-    def chunk(self, choice: ChatChoice | TextChoice) -> bytes:
-        return self._answer(self.chunk_object, [choice], {})
-
-    def ending(self, index: int, reason: str, extras: dict[str, Any]) -> bytes:
-        """The last chunk of one choice."""
-        return self._answer(self.chunk_object, [self._end(index, reason)], extras)
+    def _chunk(self, choice: ChatChoice | TextChoice) -> bytes:
+        return self._answer(self.chunk_object, [choice], self._promise)
 
     def closing(self, extras: dict[str, Any]) -> bytes:
         """The chunk without choices that follows the last one when usage was asked for."""
@@ -76,14 +85,16 @@ class Shape(ABC):
         return self._answer(self.whole_object, made, extras)
 
     @abstractmethod
-    def opening(self, index: int) -> bytes | None:
-        """The chunk that comes before the first text of a choice, if the shape has one."""
+    def opening(self, index: int) -> list[bytes]:
+        """Chunks that come before the first text of a choice."""
 
     @abstractmethod
-    def delta(self, index: int, text: str, scored: Scored) -> bytes: ...
+    def deltas(self, index: int, text: str, scored: Scored) -> list[bytes]:
+        """Chunks of new text; none if it tells nothing yet."""
 
     @abstractmethod
-    def _end(self, index: int, reason: str) -> ChatChoice | TextChoice: ...
+    def ending(self, index: int, reason: str, extras: dict[str, Any]) -> list[bytes]:
+        """The last chunks of one choice."""
 
     @abstractmethod
     def _choice(self, index: int, text: str, scored: Scored, reason: str) -> ChatChoice | TextChoice: ...
@@ -94,20 +105,57 @@ class ChatShape(Shape):
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
-    def opening(self, index: int) -> bytes:
-        first = ChatMessage(role="assistant", content="")
-        return self.chunk(ChatChoice(index=index, delta=first, logprobs=None, finish_reason=None))
+    def __init__(self, model: ServedModel, tools: ToolUse, *, usage_follows: bool) -> None:
+        super().__init__(model, usage_follows=usage_follows)
+        self._tools = tools
+        self._parsers: dict[int, CallParser] = {}
 
-    def delta(self, index: int, text: str, scored: Scored) -> bytes:
-        delta = ChatMessage(content=text)
-        return self.chunk(ChatChoice(index=index, delta=delta, logprobs=_chat_logprobs(scored), finish_reason=None))
+    def opening(self, index: int) -> list[bytes]:
+        if self._tools.callable:
+            self._parsers[index] = self._parser()
+        return [self._delta(index, ChatMessage(role="assistant", content=""), None)]
 
-    def _end(self, index: int, reason: str) -> ChatChoice:
-        return ChatChoice(index=index, delta=ChatMessage(), logprobs=None, finish_reason=reason)
+    def deltas(self, index: int, text: str, scored: Scored) -> list[bytes]:
+        parser = self._parsers.get(index)
+        messages = _messages(parser.feed(text)) if parser else [ChatMessage(content=text)] if text else []
+        if scored and not messages:
+            messages = [ChatMessage(content="")]
+        return [self._delta(index, message, None if n else scored) for n, message in enumerate(messages)]
+
+    def ending(self, index: int, reason: str, extras: dict[str, Any]) -> list[bytes]:
+        parser = self._parsers.get(index)
+        held = _messages(parser.finish()) if parser else []
+        last = ChatChoice(
+            index=index,
+            delta=ChatMessage(),
+            logprobs=None,
+            finish_reason=_reason(reason, bool(parser and parser.calls)),
+        )
+        chunks = [self._delta(index, message, None) for message in held]
+        return [*chunks, self._answer(self.chunk_object, [last], {**self._promise, **extras})]
 
     def _choice(self, index: int, text: str, scored: Scored, reason: str) -> ChatChoice:
         message = ChatMessage(role="assistant", content=text)
+        if self._tools.callable:
+            parser, found = self._parser(), Gathered()
+            found.add([*parser.feed(text), *parser.finish()])
+            reason = _reason(reason, bool(found.calls))
+            message = ChatMessage(role="assistant", content=found.text)
+            if found.calls:
+                calls = [
+                    ToolCalled(
+                        id=call_id(), type="function", function=FunctionCalled(name=c.name, arguments=c.arguments)
+                    )
+                    for c in found.calls
+                ]
+                message = ChatMessage(role="assistant", content=found.text or None, tool_calls=calls)
         return ChatChoice(index=index, message=message, logprobs=_chat_logprobs(scored), finish_reason=reason)
+
+    def _delta(self, index: int, delta: ChatMessage, scored: Scored) -> bytes:
+        return self._chunk(ChatChoice(index=index, delta=delta, logprobs=_chat_logprobs(scored), finish_reason=None))
+
+    def _parser(self) -> CallParser:
+        return CallParser(self._model.tool_format, self._tools.tools, parallel=self._tools.parallel)
 
 
 class TextShape(Shape):
@@ -115,25 +163,56 @@ class TextShape(Shape):
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def __init__(self, model: ServedModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: ServedModel, *, usage_follows: bool) -> None:
+        super().__init__(model, usage_follows=usage_follows)
         self._offsets: dict[int, int] = {}
 
-    def opening(self, index: int) -> None:
-        return None
+    def opening(self, index: int) -> list[bytes]:
+        return []
 
-    def delta(self, index: int, text: str, scored: Scored) -> bytes:
+    def deltas(self, index: int, text: str, scored: Scored) -> list[bytes]:
+        if not (text or scored):
+            return []
         offset = self._offsets.get(index, 0)
         self._offsets[index] = offset + sum(len(token.token) for token in scored or ())
         logprobs = None if scored is None else text_logprobs(scored, offset)
-        return self.chunk(TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=None))
+        return [self._chunk(TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=None))]
 
-    def _end(self, index: int, reason: str) -> TextChoice:
-        return TextChoice(index=index, text="", logprobs=None, finish_reason=reason)
+    def ending(self, index: int, reason: str, extras: dict[str, Any]) -> list[bytes]:
+        last = TextChoice(index=index, text="", logprobs=None, finish_reason=reason)
+        return [self._answer(self.chunk_object, [last], {**self._promise, **extras})]
 
     def _choice(self, index: int, text: str, scored: Scored, reason: str) -> TextChoice:
         logprobs = None if scored is None else text_logprobs(scored, 0)
         return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+
+
+def call_id() -> str:
+    return f"call_{os.urandom(12).hex()}"
+
+
+def _messages(events: Sequence[CallEvent]) -> list[ChatMessage]:
+    """Deltas of what a parser found: the name first, then its arguments."""
+    made = []
+    for event in events:
+        if isinstance(event, Said):
+            made.append(ChatMessage(content=event.text))
+        elif isinstance(event, CallStarted):
+            function = FunctionCalled(name=event.name, arguments="")
+            made.append(
+                ChatMessage(
+                    tool_calls=[ToolCalled(index=event.index, id=call_id(), type="function", function=function)]
+                )
+            )
+        elif isinstance(event, CallArguments):
+            function = FunctionCalled(arguments=event.fragment)
+            made.append(ChatMessage(tool_calls=[ToolCalled(index=event.index, function=function)]))
+    return made
+
+
+def _reason(reason: str, called: bool) -> str:
+    """An answer that was cut off stays cut off, also inside a call."""
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _chat_logprobs(scored: Scored) -> ChatLogprobs | None:

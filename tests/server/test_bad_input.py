@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from appliance.api.openai import MAX_BIASES, MAX_MESSAGES, MAX_STOPS
+from appliance.api.fields import MAX_BIASES, MAX_STOPS
+from appliance.api.openai import MAX_MESSAGES
 from tests.support.fake_runtime import MODEL, FakeRuntime
 
 CANARY = "canary-7f3a"

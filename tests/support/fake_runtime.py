@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from appliance.api.control import (
@@ -27,6 +28,7 @@ from appliance.api.control import (
     VerifyReport,
     VerifyRequest,
 )
+from appliance.chat.tools import ToolFormat
 from appliance.errors import StateError
 from appliance.plan.planner import Alternative, Decision
 from appliance.runtime import Chunk, Finished, GenerateRequest, Timings
@@ -47,6 +49,8 @@ MODEL = ServedModel(
     description="fake 1B F32",
     build="fake 1.0",
     slots=16,
+    tool_format=ToolFormat.HERMES,
+    grammars=True,
 )
 
 LOADING = Loading(
@@ -70,6 +74,8 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
         self.messages: list[Sequence[dict[str, Any]]] = []
+        self.tools: list[Sequence[dict[str, Any]] | None] = []
+        self.options: list[Mapping[str, Any]] = []
         self.closed: list[str] = []
         self.begun = asyncio.Event()
         self.ended = asyncio.Event()
@@ -83,8 +89,15 @@ class FakeRuntime:
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
         return Tokens.of([1] * add_special + [min(ord(c), HALF_A_CHARACTER) for c in text])
 
-    async def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Tokens:
+    async def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tokens:
         self.messages.append(messages)
+        self.tools.append(tools)
+        self.options.append(options)
         return await self.tokenize("\n".join(f"{m['role']}: {m['content']}" for m in messages))
 
     async def detokenize(self, tokens: Tokens) -> str:

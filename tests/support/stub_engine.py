@@ -80,7 +80,7 @@ class StubEngine(EngineClient):
             raise EngineDied("the engine process died")
         return Tokens.of(list(text.encode()))
 
-    async def render(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> Tokens:
+    async def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, options: Any = None) -> Tokens:
         return await self.tokenize(str(messages), add_special=False, parse_special=True)
 
     async def detokenize(self, tokens: Tokens) -> str:

@@ -7,8 +7,9 @@ sequence ids are scratch, and not part of `info.max_sequences`. Threading: engin
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +77,8 @@ class LlamaCppEngine(Engine):
             notes.append("this model's KV is not laid out in rows per token: blocks are restored one by one")
         if not self._text.has_chat_template:
             notes.append("the model brings no chat template: ChatML is used")
+        if not self._text.tools.renders:
+            notes.append("the chat template knows no tools of a known form: a system message describes them")
         if context_tokens > train_tokens:
             notes.append(f"one prompt should stay below the {train_tokens} tokens the model was trained for")
         return EngineInfo(
@@ -96,6 +99,8 @@ class LlamaCppEngine(Engine):
             weight_bytes=int(ll.llama_model_size(self._model)),
             cell_bytes=context_tokens * sum(layout.token_bytes),
             has_chat_template=self._text.has_chat_template,
+            tool_format=self._text.tools.form,
+            grammars=True,
             notes=tuple(notes),
         )
 
@@ -104,8 +109,14 @@ class LlamaCppEngine(Engine):
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return self._text.tokenize(text, add_special=add_special, parse_special=parse_special)
 
-    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        return self._text.render(messages, tools)
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        return self._text.render(messages, tools, options)
 
     def piece(self, token: int) -> bytes:
         return self._text.piece(token)

@@ -14,6 +14,7 @@ from llama_cpp import llama_cpp as ll
 from numpy.typing import NDArray
 
 from appliance.engine.base import Sampled, Sampler
+from appliance.engine.llamacpp.grammar import Grammar
 from appliance.types import SamplingParams, TokenLogprob, Tokens
 
 PENALTY_TOKENS = 64
@@ -37,15 +38,28 @@ class ChainSampler(Sampler):
         self._logits = logits
         self._batch_index = batch_index
         self._logprobs = params.logprobs
-        vocab_tokens = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(ll.llama_get_model(context)))
+        vocab = ll.llama_model_get_vocab(ll.llama_get_model(context))
+        vocab_tokens = ll.llama_vocab_n_tokens(vocab)
+        self._grammar = None if params.grammar is None else Grammar(vocab, params.grammar, end_tokens)
         self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
+        self._floor_tokens = params.min_tokens
+        """Tokens still to come before an end may be chosen."""
+        if self._floor_tokens:
+            ll.llama_sampler_chain_add(self._chain, _bias(vocab_tokens, dict.fromkeys(end_tokens, float("-inf"))))
         for part in _parts(params, vocab_tokens, end_tokens):
             ll.llama_sampler_chain_add(self._chain, part)
         for token in prompt[max(0, len(prompt) - PENALTY_TOKENS) :]:
             ll.llama_sampler_accept(self._chain, token)
 
     def sample(self, row: int) -> Sampled:
-        token = int(ll.llama_sampler_sample(self._chain, self._context, self._batch_index(row)))
+        if self._grammar:
+            token = self._grammar.choose(self._chain, self._logits(row))
+        else:
+            token = int(ll.llama_sampler_sample(self._chain, self._context, self._batch_index(row)))
+        if self._floor_tokens:
+            self._floor_tokens -= 1
+            if not self._floor_tokens:
+                ll.llama_sampler_free(ll.llama_sampler_chain_remove(self._chain, 0))
         logprob = None if self._logprobs is None else _logprob(self._logits(row), token, self._logprobs)
         return Sampled(token, token in self._end_tokens, logprob)
 
@@ -53,6 +67,8 @@ class ChainSampler(Sampler):
         if self._chain:
             ll.llama_sampler_free(self._chain)
             self._chain = None
+        if self._grammar:
+            self._grammar.close()
 
 
 def _parts(params: SamplingParams, vocab_tokens: int, end_tokens: Collection[int]) -> list[Any]:
@@ -62,8 +78,7 @@ def _parts(params: SamplingParams, vocab_tokens: int, end_tokens: Collection[int
     if params.ignore_eos:
         bias.update(dict.fromkeys(end_tokens, float("-inf")))
     if bias:
-        entries = (ll.llama_logit_bias * len(bias))(*map(ll.llama_logit_bias, bias, bias.values()))
-        parts.append(ll.llama_sampler_init_logit_bias(vocab_tokens, len(bias), entries))
+        parts.append(_bias(vocab_tokens, bias))
     if params.repeat_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
         penalties = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)
         parts.append(ll.llama_sampler_init_penalties(vocab_tokens, PENALTY_TOKENS, *penalties))
@@ -79,6 +94,11 @@ def _parts(params: SamplingParams, vocab_tokens: int, end_tokens: Collection[int
     parts.append(ll.llama_sampler_init_temp(params.temperature))
     parts.append(ll.llama_sampler_init_dist(seed if seed != _RANDOM_SEED else 0))
     return parts
+
+
+def _bias(vocab_tokens: int, bias: dict[int, float]) -> Any:
+    entries = (ll.llama_logit_bias * len(bias))(*map(ll.llama_logit_bias, bias, bias.values()))
+    return ll.llama_sampler_init_logit_bias(vocab_tokens, len(bias), entries)
 
 
 def _logprob(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:

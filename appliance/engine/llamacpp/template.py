@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from appliance.engine.llamacpp.tool_template import RENDERING_ERRORS, ToolTemplate
 from appliance.errors import ModelError, RequestError
 
 CHATML = (
@@ -39,25 +41,39 @@ class ChatTemplate:
         except TemplateError as error:
             raise ModelError(f"the model's chat template is not valid: {error}") from None
         self._special = _matcher(special)
+        self.tools = ToolTemplate.of(source or CHATML, environment, self._rendered)
 
     def render(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> Iterator[tuple[str, bool]]:
-        """(text, literal) in order; literal text may hold special tokens, the rest is plain. RequestError if refused."""
+        """(text, literal) in order; literal text may hold special tokens, the rest is plain. RequestError if refused.
+
+        `options` are what this template knows besides: "enable_thinking" and the like.
+        """
         guard = _Guard(self._special)
         try:
-            rendered = self._template.render(
-                messages=guard.hide(list(messages)),
-                tools=guard.hide(list(tools)) if tools else None,
-                add_generation_prompt=True,
-            )
+            messages, tools = self.tools.conversation(messages, tools or ())
+            rendered = self._rendered(guard.hide(messages), guard.hide(tools), guard.hide(dict(options)))
         except TemplateError as error:
             reason = str(error) if isinstance(error, _Refused) else "they lack what it expects"
             raise RequestError(f"the chat template refuses these messages: {reason}", param="messages") from None
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        except RENDERING_ERRORS:
             message = "the chat template cannot render these messages: check roles, content and tools"
             raise RequestError(message, param="messages") from None
         return guard.reveal(rendered)
+
+    def _rendered(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        return self._template.render(
+            {**options, "messages": messages, "tools": tools or None, "add_generation_prompt": True}
+        )
 
 
 class _Guard:

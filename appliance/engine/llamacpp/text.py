@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as ll
 
+from appliance.chat.tools import MARKERS
 from appliance.engine.llamacpp.template import ChatTemplate
 from appliance.errors import RequestError
 
@@ -28,7 +29,8 @@ class Text:
         self.end_tokens = frozenset(
             token for token in range(self.vocab_tokens) if ll.llama_vocab_is_eog(self._vocab, token)
         )
-        special = [self._text(token) for token, attribute in enumerate(attributes) if attribute & _SPECIAL]
+        special = {token: self._text(token) for token, attribute in enumerate(attributes) if attribute & _SPECIAL}
+        self._markers = {token: text.encode() for token, text in special.items() if text in MARKERS}
         self._bos = ll.llama_vocab_bos(self._vocab)
         source = metadata.get("tokenizer.chat_template")
         self.has_chat_template = bool(source)
@@ -36,8 +38,9 @@ class Text:
             source,
             bos=self._text(self._bos),
             eos=self._text(ll.llama_vocab_eos(self._vocab)),
-            special=[text for text in special if text],
+            special=[text for text in special.values() if text],
         )
+        self.tools = self._template.tools
         self.piece = lru_cache(maxsize=1 << 16)(self._piece)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -53,9 +56,14 @@ class Text:
                 return tokens[:n]
             room = -n
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        options: Mapping[str, Any],
+    ) -> list[int]:
         tokens: list[int] = []
-        for text, literal in self._template.render(messages, tools):
+        for text, literal in self._template.render(messages, tools, options):
             tokens += self.tokenize(text, add_special=False, parse_special=literal)
         wants_bos = self._bos != _NO_TOKEN and ll.llama_vocab_get_add_bos(self._vocab)
         if wants_bos and tokens[:1] != [self._bos]:
@@ -63,6 +71,8 @@ class Text:
         return tokens
 
     def _piece(self, token: int) -> bytes:
+        if token in self._markers:
+            return self._markers[token]
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
