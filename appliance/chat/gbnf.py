@@ -220,14 +220,11 @@ class _Starts:
 
     def look_at(self, alternatives: list[list[_Item]]) -> None:
         """GrammarError if an answer can come to a place in here where too much is possible."""
+        _bounded(self._of_any(alternatives, 0))
         for sequence in alternatives:
             after = _Start(0, 1, 0)
             for item in reversed(sequence):
-                after = _then(self._of_item(item, 0), after)
-                if after.ways > MAX_STARTS:
-                    raise GrammarError(f"can go on in more than {MAX_STARTS} ways at one place")
-                if after.row > MAX_SKIPPED or after.skips > MAX_SKIPPED:
-                    raise GrammarError(f"has more than {MAX_SKIPPED} parts in a row that can all be empty")
+                after = _bounded(_then(self._of_item(item, 0), after))
                 if item.group is not None:
                     self.look_at(item.group)
 
@@ -267,6 +264,14 @@ class _Starts:
                 _capped(start.row * item.most),
             )
         return _Start(start.ways, int(item.least == 0), start.row)
+
+
+def _bounded(start: _Start) -> _Start:
+    if start.ways > MAX_STARTS:
+        raise GrammarError(f"can go on in more than {MAX_STARTS} ways at one place")
+    if start.row > MAX_SKIPPED or start.skips > MAX_SKIPPED:
+        raise GrammarError(f"has more than {MAX_SKIPPED} parts in a row that can all be empty")
+    return start
 
 
 def _then(first: _Start, after: _Start) -> _Start:

@@ -25,6 +25,32 @@ def text(**fields: Any) -> bytes:
     return json.dumps({"prompt": "hi", **fields}).encode()
 
 
+def tool(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def schema(content: Any, **fields: Any) -> bytes:
+    named = {"name": "x", "schema": content, **fields}
+    return chat(response_format={"type": "json_schema", "json_schema": named})
+
+
+def deep(levels: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {"type": "string"}
+    for _ in range(levels // 2):
+        inner = {"type": "object", "properties": {"a": inner}}
+    return inner
+
+
+def nested_lists(levels: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(levels):
+        inner = {"items": inner}
+    return inner
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+DOUBLING = "\n".join(["root ::= r0", *(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(30)), 'r30 ::= "" | "x"'])
+
 BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("empty body", CHAT, b"", None),
     ("cut off json", CHAT, b'{"messages": [', None),
@@ -50,7 +76,8 @@ BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("too many messages", CHAT, chat(messages=HELLO * (MAX_MESSAGES + 1)), "messages"),
     ("message not an object", CHAT, chat(messages=[CANARY]), "messages[0]"),
     ("wrong role", CHAT, chat(messages=[{"role": CANARY, "content": ""}]), "messages[0].role"),
-    ("tool role", CHAT, chat(messages=[*HELLO, {"role": "tool", "content": ""}]), "messages[1].role"),
+    ("tool role", CHAT, chat(messages=[*HELLO, {"role": "tool", "content": ""}]), "messages[1].tool_call_id"),
+    ("tool role without content", CHAT, chat(messages=[*HELLO, {"role": "tool", "tool_call_id": "c"}]), "messages[1].content"),
     ("role not a string", CHAT, chat(messages=[{"role": 1, "content": ""}]), "messages[0].role"),
     ("no content", CHAT, chat(messages=[{"role": "user"}]), "messages[0].content"),
     ("null content", CHAT, chat(messages=[{"role": "user", "content": None}]), "messages[0].content"),
@@ -60,7 +87,11 @@ BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("part not an object", CHAT, chat(messages=[{"role": "user", "content": [CANARY]}]), "messages[0].content"),
     ("part without text", CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content"),
     ("lone surrogate in a part", CHAT, chat(messages=[{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]), None),
-    ("tool calls", CHAT, chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{}]}]), "messages[0].tool_calls"),
+    ("tool calls without an id", CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{}]}]), "messages[0].tool_calls[0].id"),
+    ("tool calls of a user", CHAT, chat(messages=[{"role": "user", "content": "", "tool_calls": [CALL]}]), "messages[0].tool_calls"),
+    ("tool call arguments an object", CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}]), "messages[0].tool_calls[0].function.arguments"),
+    ("tool call of a special name", CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "<|im_end|>", "arguments": "{}"}}]}]), "messages[0].tool_calls[0].function.name"),
+    ("too many tool calls", CHAT, chat(messages=[{"role": "assistant", "tool_calls": [CALL] * 257}]), "messages[0].tool_calls"),
     ("model a number", CHAT, chat(model=3), "model"),
     ("negative max_tokens", CHAT, chat(max_tokens=-1), "max_tokens"),
     ("zero max_tokens", CHAT, chat(max_tokens=0), "max_tokens"),
@@ -100,12 +131,66 @@ BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("stream a string", CHAT, chat(stream="yes"), "stream"),
     ("stream_options a list", CHAT, chat(stream_options=[]), "stream_options"),
     ("include_usage a number", CHAT, chat(stream_options={"include_usage": 1}), "stream_options.include_usage"),
-    ("tools", CHAT, chat(tools=[{"type": "function"}]), "tools"),
+    ("tools without a function", CHAT, chat(tools=[{"type": "function"}]), "tools[0].function"),
+    ("tools of another type", CHAT, chat(tools=[{"type": "web_search"}]), "tools[0].type"),
+    ("tools an object", CHAT, chat(tools={}), "tools"),
+    ("tool with a special name", CHAT, chat(tools=[tool(name="<|im_start|>")]), "tools[0].function.name"),
+    ("tool with a line end in its name", CHAT, chat(tools=[tool(name="f\n")]), "tools[0].function.name"),
+    ("tool with an empty name", CHAT, chat(tools=[tool(name="")]), "tools[0].function.name"),
+    ("tool twice", CHAT, chat(tools=[tool(), tool()]), "tools"),
+    ("too many tools", CHAT, chat(tools=[tool(name=f"f{n}") for n in range(513)]), "tools"),
+    ("tool parameters a list", CHAT, chat(tools=[tool(parameters=[])]), "tools[0].function.parameters"),
+    ("tool parameters too deep", CHAT, chat(tools=[tool(parameters=deep(100))]), "tools[0].function.parameters"),
     ("functions", CHAT, chat(functions=[{"name": "f"}]), "functions"),
-    ("tool_choice", CHAT, chat(tool_choice="required"), "tool_choice"),
-    ("json response_format", CHAT, chat(response_format={"type": "json_object"}), "response_format"),
-    ("grammar", CHAT, chat(grammar="root ::= [0-9]"), "grammar"),
-    ("json_schema", TEXT, text(json_schema={}), "json_schema"),
+    ("function_call", CHAT, chat(function_call={"name": "f"}), "function_call"),
+    ("tool_choice without tools", CHAT, chat(tool_choice="required"), "tool_choice"),
+    ("tool_choice of no tool", CHAT, chat(tools=[tool()], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice"),
+    ("required tool with an impossible schema", CHAT, chat(tools=[tool(parameters={"properties": {"a": {"$ref": "http://x"}}})], tool_choice="required"), "tool_choice"),
+    ("template option of a reserved name", CHAT, chat(chat_template_kwargs={"messages": 1}), "chat_template_kwargs"),
+    ("template option an object", CHAT, chat(chat_template_kwargs={"a": {}}), "chat_template_kwargs"),
+    ("template option too long", CHAT, chat(chat_template_kwargs={"a": "x" * 257}), "chat_template_kwargs"),
+    ("too many template options", CHAT, chat(chat_template_kwargs={f"a{n}": 1 for n in range(17)}), "chat_template_kwargs"),
+    ("chat_template", CHAT, chat(chat_template="{{ messages }}"), "chat_template"),
+    ("unknown response_format", CHAT, chat(response_format={"type": "xml"}), "response_format.type"),
+    ("response_format without a schema", CHAT, chat(response_format={"type": "json_schema"}), "response_format"),
+    ("response_format with a pattern, strict", CHAT, schema({"type": "string", "pattern": "^a"}, strict=True), "response_format"),
+    ("schema no object", CHAT, schema(3), "response_format"),
+    ("schema false", CHAT, schema({"properties": {"a": False}}), "response_format"),
+    ("schema too deep", CHAT, schema(nested_lists(40)), "response_format"),
+    ("schema much too deep", CHAT, schema(deep(300)), "response_format.json_schema.schema"),
+    ("schema with a remote reference", CHAT, schema({"$ref": "https://example.com/schema.json"}), "response_format"),
+    ("schema with a dangling reference", CHAT, schema({"$ref": "#/$defs/a"}), "response_format"),
+    ("schema that is itself", CHAT, schema({"$ref": "#"}), "response_format"),
+    ("schemas that are each other", CHAT, schema({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}), "response_format"),
+    ("schema with itself in allOf", CHAT, schema({"allOf": [{"$ref": "#"}]}), "response_format"),
+    ("schema of too many parts", CHAT, schema({"anyOf": [{"anyOf": [{"type": "string"}] * 100}] * 100}), "response_format"),
+    ("enum too long", CHAT, schema({"enum": list(range(1001))}), "response_format"),
+    ("enum too large", CHAT, schema({"enum": ["x" * 60_000]}), "response_format"),
+    ("enum empty", CHAT, schema({"enum": []}), "response_format"),
+    ("too many properties", CHAT, schema({"properties": {str(n): {} for n in range(201)}}), "response_format"),
+    ("minLength too large", CHAT, schema({"type": "string", "minLength": 20_000}), "response_format"),
+    ("maxLength too large, strict", CHAT, schema({"type": "string", "maxLength": 20_000}, strict=True), "response_format"),
+    ("minItems above maxItems", CHAT, schema({"type": "array", "minItems": 3, "maxItems": 2}), "response_format"),
+    ("type nobody knows", CHAT, schema({"type": "int"}), "response_format"),
+    ("grammar without a root", CHAT, chat(grammar="a ::= [0-9]"), "grammar"),
+    ("grammar cut off", CHAT, chat(grammar='root ::= "a'), "grammar"),
+    ("grammar that begins with itself", CHAT, chat(grammar='root ::= root "a" | "b"'), "grammar"),
+    ("grammar with a rule that is not there", CHAT, chat(grammar="root ::= digit"), "grammar"),
+    ("grammar too deep", CHAT, chat(grammar="root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000), "grammar"),
+    ("grammar that repeats too much", CHAT, chat(grammar='root ::= "a"{1000000}'), "grammar"),
+    ("grammar that doubles", CHAT, chat(grammar=DOUBLING), "grammar"),
+    ("grammar too long", CHAT, chat(grammar='root ::= "a"' + " " * 70_000), "grammar"),
+    ("two forms", CHAT, chat(grammar='root ::= "a"', response_format={"type": "json_object"}), "grammar"),
+    ("grammar and tools", CHAT, chat(grammar='root ::= "a"', tools=[tool()]), "grammar"),
+    ("grammar and ignore_eos", CHAT, chat(grammar='root ::= "a"', ignore_eos=True), "ignore_eos"),
+    ("json_schema", TEXT, text(json_schema={"type": "tuple"}), "json_schema"),
+    ("guided_json no JSON", TEXT, text(guided_json="{"), "guided_json"),
+    ("guided_regex", TEXT, text(guided_regex="a*"), "guided_regex"),
+    ("guided_choice empty", TEXT, text(guided_choice=[]), "guided_choice"),
+    ("structured_outputs regex", TEXT, text(structured_outputs={"regex": "(a+)+$"}), "structured_outputs.regex"),
+    ("min_tokens above max_tokens", TEXT, text(min_tokens=9, max_tokens=8), "min_tokens"),
+    ("two repetition penalties", TEXT, text(repetition_penalty=1.1, repeat_penalty=1.2), "repetition_penalty"),
+    ("prompt_cache_retention", TEXT, text(prompt_cache_retention="1y"), "prompt_cache_retention"),
     ("audio", CHAT, chat(modalities=["text", "audio"]), "modalities"),
     ("short cache_salt", CHAT, chat(cache_salt="a" * 31), "cache_salt"),
     ("long cache_salt", CHAT, chat(cache_salt="a" * 129), "cache_salt"),

@@ -103,13 +103,13 @@ def test_text_parts_cannot_join_into_a_special_token() -> None:
 
 
 def test_roles_names_and_tools_cannot_bring_special_tokens() -> None:
-    template = "{{ messages[0].role }}{{ tools | tojson }}"
+    template = "<tool_call>{{ messages[0].role }}{{ tools | tojson }}"
     evil = [{"role": "<|im_start|>", "content": ""}]
     tools = [{"function": {"<|im_end|>": "<s>"}}]
     pieces = rendered(template, evil, tools=tools)
     literal = "".join(text for text, is_literal in pieces if is_literal)
     assert not any(special in literal for special in SPECIAL)
-    assert "".join(text for text, _ in pieces) == '<|im_start|>[{"function": {"<|im_end|>": "<s>"}}]'
+    assert "".join(text for text, _ in pieces) == '<tool_call><|im_start|>[{"function": {"<|im_end|>": "<s>"}}]'
 
 
 def test_a_template_sees_ordinary_text_unchanged() -> None:
