@@ -147,6 +147,6 @@ def test_a_long_prompt_tells_how_far_it_is() -> None:
     bench.start("r", tokens, 2)
     bench.settle()
     told = [event.tokens for event in bench.events["r"] if isinstance(event, Computed)]
-    assert len(told) == 2
+    assert len(told) >= 2
     first = next(n for n, event in enumerate(bench.events["r"]) if isinstance(event, NewTokens))
     assert all(isinstance(event, (Computed, Prefilled)) for event in bench.events["r"][:first])
