@@ -28,7 +28,7 @@ from appliance.types import FinishReason, SamplingParams, Tokens
 
 T = TypeVar("T")
 
-COMPUTED_BLOCKS = 16
+COMPUTED_BLOCKS = 4
 """So many more blocks of a long prompt, and the control process is told that they may be exported."""
 
 
