@@ -86,7 +86,7 @@ class ApplianceAdmin(Admin):
         self._store: KVStore = runtime.store
         self._keyring = keyring
         self._place = place
-        self._stats = EngineStats(self._engine.info.context_tokens, 0, 0, 0, 0, 0, 0)
+        self._stats = EngineStats(self._engine.info.context_tokens, 0, 0, 0, 0, 0, 0, 0)
 
     # --- state ---------------------------------------------------------------------------------------------------
 

@@ -199,6 +199,7 @@ def _engine_config(profile: Profile, model_path: Path, sha256: bytes) -> EngineC
         max_sequences=engine.max_sequences,
         batch_tokens=engine.batch_tokens,
         shared_batch_tokens=engine.shared_batch_tokens,
+        prefill_share=engine.prefill_share,
         block_tokens=profile.kv.block_tokens,
         gpu_layers=engine.gpu_layers,
         threads=engine.threads,

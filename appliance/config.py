@@ -69,6 +69,8 @@ class EngineSection(Section):
     max_sequences: int = Field(64, ge=4, le=256)
     batch_tokens: int = Field(512, ge=32, le=8192)
     shared_batch_tokens: int = Field(64, ge=1, le=8192)
+    prefill_share: float = Field(0.3, gt=0, le=1)
+    """Of the time, for reading prompts, while answers stream; 1: no bound."""
     gpu_layers: int = Field(0, ge=-1)
     """Layers on the GPU; -1 = all."""
     threads: int = Field(0, ge=0, le=512)

@@ -21,7 +21,7 @@ from appliance.plan.cost import CostModel
 from appliance.plan.planner import Decision, decide
 from appliance.request import Chunk, Finished, GenerateRequest
 from appliance.sources import Sources
-from appliance.types import Tier, Tokens
+from appliance.types import Namespace, Tier, Tokens
 from appliance.wanted import pieces_of, wanted
 
 
@@ -77,7 +77,8 @@ class RequestRun:
         if self.generation is None:
             root = self._store.root(request.ns)
             reserve_tokens = max(request.sampling.max_tokens, 1)
-            await self._engine.begin(self._id, root, request.prompt, reserve_tokens)
+            owner = self._store.root(Namespace(request.ns.tenant))
+            await self._engine.begin(self._id, root, request.prompt, reserve_tokens, owner)
             self.generation = self._engine.generation
         try:
             present = await self._engine.restore(self._id, 0, ())

@@ -53,7 +53,9 @@ class EngineConfig:
     batch_tokens: int
     """Most tokens in one decode call; a prefill chunk is never larger."""
     shared_batch_tokens: int
-    """Most prefill tokens in a decode call that other streams wait for."""
+    """Most prefill tokens in a step that other streams wait for."""
+    prefill_share: float
+    """Of the time, for prompts, while other streams decode. In (0, 1]; 1: no bound."""
     block_tokens: int
     gpu_layers: int
     threads: int
@@ -163,6 +165,10 @@ class Engine(ABC):
 
     # --- compute (compute thread) ------------------------------------------------------------------------------
 
+    def groups(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Which of the rows to compute in one decode call each, by index, so that all together take least time."""
+        return [list(range(len(rows)))]
+
     @abstractmethod
     def decode(self, rows: Sequence[Row]) -> None:
         """Compute all rows in one call and keep the wanted logits until the next call."""
@@ -194,8 +200,9 @@ class Engine(ABC):
 
     @abstractmethod
     def restore(self, seq: int, start: int, blocks: Sequence[tuple[int, int, memoryview]]) -> None:
-        """Put KV of consecutive blocks into free cells and link them to `seq`, which ends at `start`.
+        """Put KV of consecutive blocks into free cells and link them to `seq`, which ends at `start` or is empty.
 
+        An empty `seq` may begin anywhere: its blocks are linked to the sequence they belong to later.
         Each block is (n_tokens, use_tokens, source): the first use_tokens of its n_tokens become visible. Only the last
         block may be used in part. All or nothing: on RestoreError `seq` still ends at `start`. The bytes were verified
         by the control process; an engine checks counts and shapes, since it cannot check content.

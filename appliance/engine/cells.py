@@ -7,10 +7,12 @@ method holds the lock while books and cells differ, which is never as long as a 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from appliance.engine.base import Engine, KVMode
-from appliance.engine.request import Request
+from appliance.engine.request import Aside, Request
 from appliance.engine.residency import Residency, Sequence
+from appliance.errors import EngineError
 
 
 class Cells:
@@ -24,39 +26,46 @@ class Cells:
         """Whether a sequence can take over a prefix of another."""
         self.evictions = 0
 
-    def admit(self, request: Request, outstanding: int) -> bool:
-        """Give the request a sequence, its pinned prefix, and room for the rest beside `outstanding` claims.
+    def admit(self, request: Request, claim: int, outstanding: int) -> bool:
+        """Give the request a sequence, its pinned prefix, and room for `claim` cells in all beside `outstanding` claims.
 
         False, and nothing changed, if that cannot be done by evicting released sequences.
         """
         with self._lock:
             books, pin = self.residency, request.pin
             pinned = pin.tokens if pin else 0
-            if books.cells - books.held_cells() - outstanding < request.cells - pinned:
+            if books.cells - books.held_cells() - outstanding < claim - pinned:
                 return False
-            if not books.free_ids:
-                oldest = books.oldest_unpinned()
-                if oldest is None:
-                    return False
-                self._forget(oldest)
-                self.evictions += 1
-            sequence = books.open(request.ns, request.prompt)
+            if not self._free_an_id():
+                return False
+            sequence = books.open(request.ns, request.prompt, request.owner)
             if pin and pinned:
                 self._engine.link(pin.sequence.id, sequence.id, 0, pinned)
                 books.link(pin.sequence, sequence, pinned)
             self.unpin(request)
-            request.sequence = sequence
-            self.make_room(request.cells - pinned + outstanding)
+            request.sequence, request.claim = sequence, claim
+            self.make_room(request.outstanding + outstanding)
+            return True
+
+    def grow(self, request: Request, cells: int, outstanding: int) -> bool:
+        """Claim more for an admitted request beside all `outstanding` claims. False, and nothing changed, if there are none."""
+        with self._lock:
+            books = self.residency
+            if books.cells - books.held_cells() - outstanding < cells:
+                return False
+            request.claim += cells
+            self.make_room(outstanding + cells)
             return True
 
     def adopt(self, request: Request) -> None:
-        """Share what others have computed or restored of this prompt meanwhile, all but its last token.
+        """Share what others have computed or restored of this prompt meanwhile, and what waits aside.
 
-        The last one is decoded for its logits, also if it is in cells already.
+        Not the prompt's last token: it is decoded for its logits, also if it is in cells already.
         """
         sequence, last = request.sequence, len(request.prompt) - 1
         assert sequence, "only admitted requests adopt"
         with self._lock:
+            self._join(request)
             if sequence.length > last:
                 self.truncate(sequence, last)
             if not self.shares:
@@ -67,6 +76,58 @@ class Cells:
                 self._engine.drop(sequence.id)
                 self._engine.link(source.id, sequence.id, 0, resident)
                 self.residency.relink(source, sequence, resident)
+                self._join(request)
+
+    def place_aside(self, request: Request, start: int, stop: int, fill: Callable[[int], None]) -> None:
+        """Blocks [start, stop) of the prompt go into cells of their own; `fill` puts them into the sequence of that id.
+
+        They continue what is aside already. EngineError if they do not, or no sequence is to be had.
+        """
+        aside = request.aside
+        with self._lock:
+            if aside is not None and aside.stop != start:
+                raise EngineError("the blocks do not continue what is aside")
+            if aside is None and not self._free_an_id():
+                raise EngineError("no sequence is free for blocks aside")
+            sequence_id = self.residency.put_aside(aside.sequence_id if aside else None, stop - start)
+            if aside is None:
+                request.aside = aside = Aside(sequence_id, start, start)
+            aside.stop = stop
+        try:
+            fill(sequence_id)
+        except EngineError:
+            self.drop_aside(request)
+            raise
+
+    def drop_aside(self, request: Request) -> None:
+        with self._lock:
+            if request.aside is not None:
+                self._engine.drop(request.aside.sequence_id)
+                self.residency.clear_aside(request.aside.sequence_id)
+                request.aside = None
+
+    def _join(self, request: Request) -> None:
+        """What is aside becomes part of the sequence as soon as it reaches it."""
+        sequence, aside = request.sequence, request.aside
+        if sequence is None or aside is None or sequence.length < aside.start:
+            return
+        start, stop = sequence.length, aside.stop
+        if start < stop:
+            self._engine.link(aside.sequence_id, sequence.id, start, stop)
+        self._engine.drop(aside.sequence_id)
+        self.residency.clear_aside(aside.sequence_id)
+        request.aside = None
+        if start < stop:
+            self.residency.extend(sequence, stop - start)
+
+    def _free_an_id(self) -> bool:
+        if not self.residency.free_ids:
+            oldest = self.residency.oldest_unpinned()
+            if oldest is None:
+                return False
+            self._forget(oldest)
+            self.evictions += 1
+        return True
 
     def extend(self, sequence: Sequence, tokens: int, generated: bytes = b"") -> None:
         """The engine has put `tokens` more positions into cells."""

@@ -100,8 +100,11 @@ class EngineClient(ABC):
         """Tokens of the longest resident prefix inside `ns`. Changes nothing, not even which one goes first."""
 
     @abstractmethod
-    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
-        """Tokens of the longest resident prefix inside `ns`, now pinned. Owes a release()."""
+    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int, owner: bytes) -> int:
+        """Tokens of the longest resident prefix inside `ns`, now pinned. Owes a release().
+
+        `owner` names whose cells they are, opaquely: when cells are short, who holds most of them loses some first.
+        """
 
     @abstractmethod
     async def restore(self, request: str, start: int, blocks: Sequence[tuple[int, int, int]]) -> int:
@@ -109,6 +112,13 @@ class EngineClient(ABC):
 
         start may lie below what is present (a resident prefix can end inside a block): the overlap is replaced.
         RestoreError leaves the request valid with what it had before.
+        """
+
+    @abstractmethod
+    async def prefill(self, request: str, stop: int) -> int:
+        """Compute the prompt up to `stop` before it is run; returns tokens now present, what was restored ahead included.
+
+        Meanwhile restore() takes blocks whose start is `stop` or later. EngineError leaves the request valid.
         """
 
     @abstractmethod

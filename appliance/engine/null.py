@@ -86,9 +86,10 @@ class _Codec:
 
 
 class _Sequence:
-    """Cells of positions [0, len), and the digest of its first `digested` rows."""
+    """Cells of positions [base, base + len), and the digest of its first `digested` rows. Only blocks aside have a base."""
 
     def __init__(self) -> None:
+        self.base = 0
         self.cells = np.empty(0, np.int64)
         self.digested = 0
         self.digest = 0
@@ -163,7 +164,7 @@ class NullEngine(Engine):
 
     def _compute(self, row: Row, ids: U64) -> Logits | None:
         sequence = self._sequences[row.seq]
-        assert row.start == len(sequence.cells), "a row continues its sequence"
+        assert sequence.base == 0 and row.start == len(sequence.cells), "a row continues its sequence"
         n = len(ids)
         assert 0 < n < len(self._power), "a decode call holds at most batch_tokens"
         last = self._codec.states(self._rows[sequence.cells[-1:]])  # of the previous row, as it stands in its cell
@@ -203,7 +204,8 @@ class NullEngine(Engine):
     # --- cells --------------------------------------------------------------------------------------------------
 
     def link(self, source: int, target: int, start: int, stop: int) -> None:
-        cells = self._sequences[source].cells[start:stop]
+        base = self._sequences[source].base
+        cells = self._sequences[source].cells[start - base : stop - base]
         sequence = self._sequences[target]
         assert start == len(sequence.cells) and len(cells) == stop - start, "sequences are dense"
         self._holders[cells] += 1
@@ -211,8 +213,10 @@ class NullEngine(Engine):
 
     def drop(self, seq: int, start: int = 0) -> None:
         sequence = self._sequences[seq]
-        dropped = sequence.cells[start:]
-        sequence.cells = sequence.cells[:start].copy()
+        dropped = sequence.cells[max(0, start - sequence.base) :]
+        sequence.cells = sequence.cells[: max(0, start - sequence.base)].copy()
+        if not len(sequence.cells):
+            sequence.base = 0
         if start < sequence.digested:
             sequence.digested = sequence.digest = 0
         self._holders[dropped] -= 1
@@ -234,7 +238,9 @@ class NullEngine(Engine):
 
     def restore(self, seq: int, start: int, blocks: Sequence[tuple[int, int, memoryview]]) -> None:
         sequence = self._sequences[seq]
-        assert start == len(sequence.cells), "a restore continues its sequence"
+        if not len(sequence.cells):
+            sequence.base = start
+        assert start == sequence.base + len(sequence.cells), "a restore continues its sequence"
         parts = []
         for n_tokens, use_tokens, source in blocks:
             parts.append(self._read(source, n_tokens, start)[:use_tokens])

@@ -13,8 +13,9 @@ Control -> engine. Every call has `op` and `call` (an integer); the engine answe
   render     messages, tools?, options                      -> tokens (template applied, specials parsed)
   detokenize tokens                                         -> text
   resident   ns, tokens                                     -> resident tokens; changes nothing
-  begin      request, ns, tokens, reserve_tokens            -> resident tokens; pins them and makes the request known
+  begin      request, ns, owner, tokens, reserve_tokens     -> resident tokens; pins them and makes the request known
   restore    request, start, blocks [[slot, n, use], ...]   -> tokens now present; answered when linked
+  prefill    request, stop                                  -> tokens present, once the prompt is computed up to `stop`
   run        request, sampling: SamplingParams map          -> null at once; then events until `done`
   preempt    request                                        -> null; `preempted` follows, or `done` if it ended first
   park       request                                        -> null; after `preempted`: the sequence becomes evictable
@@ -24,12 +25,14 @@ Control -> engine. Every call has `op` and `call` (an integer); the engine answe
   stats      -                                              -> EngineStats map
   evict      -                                              -> cells freed; drops every released resident sequence
 
-Life of a request in the engine: begin, restore*, run, (events), export*, release. Cells for the whole request (prompt
-plus reserve_tokens) are claimed when it is admitted, before its first restore or prefill; until then it queues. `begin` only
-pins what is resident; `restore` and `run` wait for admission, so a restore of no blocks is a wait for admission. A request
-released without `run` leaves what was restored resident. max_tokens 0 prefills and is done. `release` is owed for every `begin`, also after an error.
-A preempted request is parked, restored (`restore` with no blocks waits for cells again) and run again: it goes on where it
-stopped, what it had generated being restored or computed like its prompt.
+Life of a request in the engine: begin, restore*, run, (events), export*, release. Cells for the prompt and the next tokens
+are claimed when it is admitted, before its first restore or prefill, and more as it goes on; until then it queues. `begin`
+only pins what is resident; `restore`, `prefill` and `run` wait for admission, so a restore of no blocks is a wait for
+admission. A request released without `run` leaves what was restored resident. max_tokens 0 prefills and is done. `release` is
+owed for every `begin`, also after an error. To make room a stream is preempted, by `preempt` or for want of cells; then it
+is parked, restored (`restore` with no blocks waits for cells again) and run again: it goes on where it stopped, what it had
+generated being restored or computed like its prompt. From both ends: `prefill` computes the front of a prompt, and meanwhile
+`restore` takes blocks that begin at `stop` or later; they are linked when the front reaches them.
 A prefix is kept from eviction while a request that holds it has not been released: exports need not hurry.
 
 Engine -> control, unasked:
@@ -74,6 +77,8 @@ class EngineStats:
     requests_waiting: int
     resident_evictions: int
     """Sequences dropped to make room since start."""
+    preemptions: int
+    """Streams stopped to make room since start."""
 
 
 def pack(message: dict[str, Any]) -> bytes:

@@ -159,14 +159,14 @@ class EngineProxy(EngineClient):
     async def resident(self, ns: bytes, tokens: Tokens) -> int:
         return int(await self._call("resident", ns=ns, tokens=tokens.data))
 
-    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
+    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int, owner: bytes) -> int:
         process = await self._ready()
         if request in self._requests:
             raise EngineError("a request of this id exists")
         self._requests[request] = process
         try:
             resident = await process.call(
-                "begin", request=request, ns=ns, tokens=tokens.data, reserve_tokens=reserve_tokens
+                "begin", request=request, ns=ns, owner=owner, tokens=tokens.data, reserve_tokens=reserve_tokens
             )
         except KvctlError:
             del self._requests[request]
@@ -196,6 +196,9 @@ class EngineProxy(EngineClient):
             process.unsubscribe(request)
             if not ended:
                 process.notify("cancel", request=request)  # nobody listens any more: stop computing
+
+    async def prefill(self, request: str, stop: int) -> int:
+        return int(await self._call_for(request, "prefill", stop=stop))
 
     async def preempt(self, request: str) -> None:
         await self._call_for(request, "preempt")

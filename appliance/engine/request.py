@@ -1,7 +1,8 @@
 """One request inside the engine process: what the scheduler knows of it between begin and release.
 
 Invariant: a request is known (begin), then admitted (it has a sequence and a claim on cells), then run, then ended. A
-preempted one is no longer run, a parked one no longer admitted, and both go the same way again. Threading: changed by the compute thread; `begin` creates it on the connection's thread.
+preempted one is no longer run, a parked one no longer admitted, and both go the same way again. Threading: changed by the
+compute thread; `begin` creates it on the connection's thread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ class Failed:
 @dataclass(eq=False)
 class Request:
     id: str
+    number: int
+    """In the order in which requests came: the lowest is the oldest."""
     ns: bytes
+    owner: bytes
+    """Whose cells these are, for fair eviction."""
     prompt: Tokens
     """With what it had generated, once it was preempted: that is computed like a prompt when it goes on."""
     reserve_tokens: int
@@ -32,35 +37,47 @@ class Request:
     """Until admission."""
     sequence: Sequence | None = None
     """From admission on."""
+    claim: int = 0
+    """Cells it may use: at least what it has."""
+    aside: Aside | None = None
     sampling: SamplingParams | None = None
     """From run on."""
     sampler: Sampler | None = None
     text: TextStream = field(default_factory=TextStream)
-    preempted: bool = False
-    """It was run and stopped; it is run again."""
-    resumed_tokens: int = 0
-    """The last of `prompt` that it had generated itself."""
     ended: bool = False
     """Done, failed or cancelled: it computes no more, but may still be exported."""
+    preempted: bool = False
+    """It was run and stopped to make room; it is run again."""
+    resumed_tokens: int = 0
+    """The last of `prompt` that it had generated itself."""
     next_token: int | None = None
     """Sampled, not yet decoded. None while the prompt is being computed."""
     completion_tokens: int = 0
+    resumed_at: int = 0
+    """completion_tokens when it was last parked."""
+    computed: int = 0
+    """Tokens of the prompt that the control process knows to be in cells."""
+    prefill_to: int = 0
+    """Compute the prompt up to here before it is run."""
     prefilled_s: float = 0.0
     """When the prompt's KV was complete."""
     prefill_s: float = 0.0
     prefill_tokens: int = 0
-    computed: int = 0
-    """Tokens of the prompt that the control process knows to be in cells."""
+
+    def __post_init__(self) -> None:
+        self.most_cells = len(self.prompt) + self.reserve_tokens
+        """Most positions it can reach."""
 
     @property
-    def cells(self) -> int:
-        """Most positions the request can reach."""
-        return len(self.prompt) - self.resumed_tokens + self.reserve_tokens
+    def present(self) -> int:
+        return self.sequence.length if self.sequence else 0
 
     @property
     def outstanding(self) -> int:
         """Cells claimed and not yet in use."""
-        return 0 if self.ended or self.sequence is None else self.cells - self.sequence.length
+        if self.ended or self.sequence is None:
+            return 0
+        return self.claim - self.sequence.length - (self.aside.cells if self.aside else 0)
 
     @property
     def was_run(self) -> bool:
@@ -89,6 +106,7 @@ class Request:
             self.prompt += generated
             self.resumed_tokens += len(generated)
             self.next_token = None
+        self.claim = self.present
         self.preempted = True
 
     def end(self) -> None:
@@ -96,3 +114,16 @@ class Request:
         if self.sampler:
             self.sampler.close()
             self.sampler = None
+
+
+@dataclass(eq=False)
+class Aside:
+    """Blocks [start, stop) of a prompt that are in cells before those in front of them."""
+
+    sequence_id: int
+    start: int
+    stop: int
+
+    @property
+    def cells(self) -> int:
+        return self.stop - self.start

@@ -2,17 +2,18 @@
 
 A sequence is a path through a tree of extents; an extent is a run of cells that the same sequences share. Linking a
 prefix splits an extent where the prefix ends, so every cell is counted once however many sequences hold it.
-Invariant: used cells == sum of live extents, and an extent's references == its child extents + the sequences ending in it.
+Invariant: used cells == sum of live extents and cells aside, and an extent's references == its child extents + the sequences ending in it.
 
 A sequence is held (a request works with it) or released (kept for the next prompt that begins like it, least recently
-used first to go). A pin keeps the first tokens of a sequence in cells until a waiting request links them.
+used first to go, but first those of the owner that holds most). A pin keeps the first tokens of a sequence in cells until a
+waiting request links them. Cells aside hold blocks of a prompt whose front is still being computed.
 
 Threading: not safe by itself; the scheduler guards every call with its lock. Nothing here calls the engine.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,11 +35,12 @@ class Extent:
 class Sequence:
     """Positions [0, length) of `prompt + generated` are in cells."""
 
-    __slots__ = ("generated", "held", "id", "ns", "pins", "prompt", "tail")
+    __slots__ = ("generated", "held", "id", "ns", "owner", "pins", "prompt", "tail")
 
-    def __init__(self, seq: int, ns: bytes, prompt: Tokens) -> None:
+    def __init__(self, seq: int, ns: bytes, prompt: Tokens, owner: bytes = b"") -> None:
         self.id = seq
         self.ns = ns
+        self.owner = owner
         self.prompt = prompt
         self.generated = bytearray()
         self.tail: Extent | None = None
@@ -99,6 +101,10 @@ class Residency:
         self._sequences: dict[int, Sequence] = {}
         self._released: OrderedDict[int, Sequence] = OrderedDict()
         """Least recently used first."""
+        self._owned: Counter[bytes] = Counter()
+        """Cells of each owner. A namespace has one owner, so has an extent."""
+        self._aside: dict[int, int] = {}
+        """Cells aside, by sequence id."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -131,9 +137,9 @@ class Residency:
 
     # --- change -------------------------------------------------------------------------------------------------
 
-    def open(self, ns: bytes, prompt: Tokens) -> Sequence:
+    def open(self, ns: bytes, prompt: Tokens, owner: bytes = b"") -> Sequence:
         """A new, empty, held sequence."""
-        sequence = Sequence(self._free_ids.pop(), ns, prompt)
+        sequence = Sequence(self._free_ids.pop(), ns, prompt, owner)
         self._sequences[sequence.id] = sequence
         return sequence
 
@@ -152,7 +158,7 @@ class Residency:
         else:  # the new extent takes over the sequence's reference to its tail
             sequence.tail = Extent(tail, sequence.length, sequence.length + tokens)
         sequence.generated += generated
-        self.used += tokens
+        self._count(sequence, tokens)
         assert self.used <= self.cells, "more cells in use than there are"
 
     def truncate(self, sequence: Sequence, length: int) -> None:
@@ -174,18 +180,34 @@ class Residency:
             sequence.tail = extent.parent
             extent.references -= 1
             if not extent.references:  # its reference to the parent passes to the sequence
-                self.used -= extent.stop - extent.start
+                self._count(sequence, extent.start - extent.stop)
             elif extent.parent:
                 extent.parent.references += 1
         tail = sequence.tail
         if tail and tail.stop > length:
             if tail.references == 1:
-                self.used -= tail.stop - length
+                self._count(sequence, length - tail.stop)
                 tail.stop = length
             else:
                 sequence.tail = self._split(tail, length)
                 sequence.tail.references += 1
                 tail.references -= 1
+
+    def _count(self, sequence: Sequence, cells: int) -> None:
+        self.used += cells
+        self._owned[sequence.owner] += cells
+
+    def put_aside(self, sequence_id: int | None, cells: int) -> int:
+        """So many more cells aside, under this id or a new one; returns the id."""
+        if sequence_id is None:
+            sequence_id = self._free_ids.pop()
+        self._aside[sequence_id] = self._aside.get(sequence_id, 0) + cells
+        self.used += cells
+        return sequence_id
+
+    def clear_aside(self, sequence_id: int) -> None:
+        self.used -= self._aside.pop(sequence_id)
+        self._free_ids.append(sequence_id)
 
     def release(self, sequence: Sequence) -> list[Sequence]:
         """Keep it for others to find. Returns the sequences that thereby add nothing, now forgotten."""
@@ -210,11 +232,18 @@ class Residency:
     # --- make room ----------------------------------------------------------------------------------------------
 
     def victim(self) -> tuple[Sequence, int] | None:
-        """The next released sequence to go, and the length that pins keep of it. None: nothing can go."""
+        """The next released sequence to go, and the length that pins keep of it. None: nothing can go.
+
+        The oldest of the owner that holds most cells: so nobody loses any while others hold more than their equal share.
+        """
+        oldest: dict[bytes, Sequence] = {}
         for sequence in self._released.values():
             if sequence.pinned < sequence.length:
-                return sequence, sequence.pinned
-        return None
+                oldest.setdefault(sequence.owner, sequence)
+        if not oldest:
+            return None
+        victim = oldest[max(oldest, key=lambda owner: self._owned[owner])]
+        return victim, victim.pinned
 
     def held_cells(self) -> int:
         """Distinct cells that no victim can free."""
@@ -224,7 +253,7 @@ class Residency:
             for extent in sequence.path():
                 if extent.start < length:
                     ends[extent] = max(ends.get(extent, 0), min(extent.stop, length))
-        return sum(end - extent.start for extent, end in ends.items())
+        return sum(end - extent.start for extent, end in ends.items()) + sum(self._aside.values())
 
     def oldest_unpinned(self) -> Sequence | None:
         """The released sequence whose id is the next to be had."""
@@ -243,8 +272,12 @@ class Residency:
             if extent.parent:
                 references[extent.parent] = references.get(extent.parent, 0) + 1
         assert all(extent.references == references[extent] for extent in extents), "references do not add up"
-        assert self.used == sum(extent.stop - extent.start for extent in extents) <= self.cells, "cells do not add up"
-        assert not set(self._free_ids) & set(self._sequences), "an id is free and in use"
+        used = sum(extent.stop - extent.start for extent in extents)
+        assert used == self._owned.total(), "owners do not add up"
+        assert self.used == used + sum(self._aside.values()) <= self.cells, "cells do not add up"
+        in_use = set(self._sequences) | set(self._aside)
+        assert len(in_use) == len(self._sequences) + len(self._aside), "an id is used twice"
+        assert not set(self._free_ids) & in_use, "an id is free and in use"
         assert set(self._released) <= set(self._sequences)
 
     def _split(self, extent: Extent, at: int) -> Extent:

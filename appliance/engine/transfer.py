@@ -75,7 +75,8 @@ class Transfers:
         return time.monotonic() < self.rest_until_s
 
     def restoring(self, request: Request) -> bool:
-        return any(job.request is request for job in self.restores)
+        """Whether blocks come that continue what the request has: to compute them would be for nothing."""
+        return any(job.request is request and job.start <= request.present for job in self.restores)
 
     def cancel(self, request: Request, *, exports: bool) -> None:
         """Answer the request's transfers with an error."""
@@ -103,25 +104,31 @@ class Transfers:
         sequence = job.request.sequence
         assert sequence
         if job.before is None:
-            self._check(job, sequence.length)
+            self._check(job)
             job.before = sequence.length
+            self.cells.adopt(job.request)  # what others have in cells by now needs no copy
         while job.blocks and job.start + job.blocks[0][2] <= sequence.length:  # present already
             job.start += job.blocks.popleft()[2]
         blocks = [job.blocks.popleft() for _ in range(min(most, len(job.blocks)))]
         if blocks:
             began_s = time.monotonic()
             stop = job.start + sum(use for _, _, use in blocks)
-            self._restore_blocks(sequence.id, sequence.length, job.start, stop, blocks)
-            self.cells.extend(sequence, stop - sequence.length)
+            if job.start > sequence.length:
+                self._restore_aside(job.request, job.start, stop, blocks)
+            else:
+                self._restore_blocks(sequence.id, sequence.length, job.start, stop, blocks)
+                self.cells.extend(sequence, stop - sequence.length)
             job.start = stop
             self.block_s = (time.monotonic() - began_s) / len(blocks)
         if not job.blocks:
             self.restores.remove(job)
             job.reply.set_result(sequence.length)
 
-    def _check(self, job: Restore, present: int) -> None:
+    def _check(self, job: Restore) -> None:
         block_tokens = self.engine.info.layout.block_tokens
-        if not 0 <= job.start <= present:
+        request = job.request
+        ahead = request.present < request.prefill_to <= job.start
+        if job.start < 0 or (job.start > request.present and not ahead):
             raise RestoreError("the blocks do not continue what is present")
         if job.start + sum(use for _, _, use in job.blocks) > len(job.request.prompt):
             raise RestoreError("the blocks reach beyond the prompt")
@@ -129,11 +136,19 @@ class Transfers:
             if not 0 < use <= n <= block_tokens or (use < n and i < len(job.blocks) - 1):
                 raise RestoreError("a block is used whole, or is the last and used in part")
 
+    def _views(self, blocks: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, memoryview]]:
+        payload_bytes = self.engine.info.layout.payload_bytes
+        return [(n, use, self.slot(slot, payload_bytes(n))) for slot, n, use in blocks]
+
+    def _restore_aside(self, request: Request, start: int, stop: int, blocks: Sequence[tuple[int, int, int]]) -> None:
+        views = self._views(blocks)
+        self.cells.make_room(sum(n for _, n, _ in blocks))
+        self.cells.place_aside(request, start, stop, lambda seq: self.engine.restore(seq, start, views))
+
     def _restore_blocks(
         self, seq: int, present: int, start: int, stop: int, blocks: Sequence[tuple[int, int, int]]
     ) -> None:
-        payload_bytes = self.engine.info.layout.payload_bytes
-        views = [(n, use, self.slot(slot, payload_bytes(n))) for slot, n, use in blocks]
+        views = self._views(blocks)
         self.cells.make_room(sum(n for _, n, _ in blocks))
         if start == present:
             self.engine.restore(seq, start, views)
@@ -151,7 +166,9 @@ class Transfers:
     def _undo(self, job: Restore) -> None:
         sequence = job.request.sequence
         assert sequence
-        if job.before is not None and job.before < sequence.length:
+        if job.start > sequence.length:
+            self.cells.drop_aside(job.request)
+        elif job.before is not None and job.before < sequence.length:
             self.cells.truncate(sequence, job.before)
 
     def export_slice(self, blocks: int) -> bool:

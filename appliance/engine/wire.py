@@ -11,7 +11,6 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from appliance.chat.tools import ToolFormat
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
 from appliance.engine.client import Computed, Done, Event, NewTokens, Preempted, Prefilled
 from appliance.engine.protocol import LENGTH, MAX_MESSAGE_BYTES, unpack
@@ -22,12 +21,16 @@ from appliance.types import BlockLayout, Fingerprint, FinishReason, SamplingPara
 MALFORMED = (ValueError, TypeError, KeyError)
 """What decoding a message of a broken peer may raise."""
 
-_EVENTS: dict[str, type[Computed | Prefilled | Preempted | Done | Failed]] = {
-    "computed": Computed, "prefilled": Prefilled, "preempted": Preempted, "done": Done, "failed": Failed
-}  # fmt: skip
-_EVENT_NAMES = {kind: name for name, kind in _EVENTS.items()}
-
 _ERRORS: dict[str, type[KvctlError]] = {kind.__name__: kind for kind in (EngineError, ModelError, RestoreError)}
+
+_EVENTS: dict[str, type[Event | Failed]] = {
+    "computed": Computed,
+    "prefilled": Prefilled,
+    "preempted": Preempted,
+    "done": Done,
+    "failed": Failed,
+}
+"""All but tokens, which have a form of their own."""
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
@@ -66,7 +69,7 @@ def config_from_map(fields: Mapping[str, Any]) -> EngineConfig:
 
 
 def info_to_map(info: EngineInfo) -> dict[str, Any]:
-    return dataclasses.asdict(info) | {"kv_mode": info.kv_mode.value, "tool_format": info.tool_format.value}
+    return dataclasses.asdict(info) | {"kv_mode": info.kv_mode.value}
 
 
 def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
@@ -75,7 +78,6 @@ def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
         "kv_mode": KVMode(fields["kv_mode"]),
         "layout": BlockLayout(layout["block_tokens"], tuple(layout["token_bytes"]), tuple(layout["fixed_bytes"])),
         "fingerprint": Fingerprint(**fields["fingerprint"]),
-        "tool_format": ToolFormat(fields["tool_format"]),
         "notes": tuple(fields["notes"]),
     }
     return EngineInfo(**{**fields, **known})
@@ -110,10 +112,11 @@ def event_to_map(request: str, event: Event | Failed) -> dict[str, Any]:
         return {
             "event": "tokens", "request": request, "ids": event.tokens.data, "text": event.text, "logprobs": logprobs or None
         }  # fmt: skip
+    kind = next(name for name, of in _EVENTS.items() if of is type(event))
     fields = dataclasses.asdict(event)
     if isinstance(event, Done):
         fields["reason"] = event.reason.value
-    return {"event": _EVENT_NAMES[type(event)], "request": request, **fields}
+    return {"event": kind, "request": request, **fields}
 
 
 def event_from_map(message: Mapping[str, Any]) -> Event | Failed:
@@ -126,5 +129,5 @@ def event_from_map(message: Mapping[str, Any]) -> Event | Failed:
         )
         return NewTokens(Tokens(fields["ids"]), fields["text"], logprobs)
     if kind == "done":
-        return Done(**{**fields, "reason": FinishReason(fields["reason"])})
+        fields["reason"] = FinishReason(fields["reason"])
     return _EVENTS[kind](**fields)

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from appliance.engine import wire
 from appliance.engine.base import Engine, EngineConfig
 from appliance.engine.client import Event
+from appliance.engine.pace import Pace
 from appliance.engine.protocol import pack
 from appliance.engine.request import Failed
 from appliance.engine.roster import Roster
@@ -79,7 +80,10 @@ class Worker:
             "render": self._render,
             "detokenize": self._detokenize,
             "resident": lambda m: self._roster.resident(m["ns"], Tokens(m["tokens"])),
-            "begin": lambda m: self._roster.begin(m["request"], m["ns"], Tokens(m["tokens"]), m["reserve_tokens"]),
+            "begin": lambda m: self._roster.begin(
+                m["request"], m["ns"], Tokens(m["tokens"]), m["reserve_tokens"], m["owner"]
+            ),
+            "prefill": lambda m: self._scheduler.prefill(m["request"], m["stop"]),
             "restore": lambda m: self._scheduler.restore(m["request"], m["start"], _triples(m["blocks"])),
             "run": lambda m: self._scheduler.run_request(m["request"], wire.sampling_from_map(m["sampling"])),
             "preempt": lambda m: self._scheduler.preempt(m["request"]),
@@ -106,12 +110,8 @@ class Worker:
             self._send({"re": message["call"], "err": wire.error_to_map(error)})
             return
         self._roster = Roster(self._engine, slot=self._pool.slot, emit=self._emit)
-        self._scheduler = Scheduler(
-            self._engine,
-            self._roster,
-            batch_tokens=config.batch_tokens,
-            shared_batch_tokens=config.shared_batch_tokens,
-        )
+        pace = Pace(config.batch_tokens, config.shared_batch_tokens, config.prefill_share)
+        self._scheduler = Scheduler(self._engine, self._roster, pace)
         self._loaded.set()
         self._send({"re": message["call"], "ok": wire.info_to_map(self._engine.info)})
         self._scheduler.run()

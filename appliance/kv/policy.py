@@ -7,33 +7,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
 
-from appliance.types import BlockId
+Name = TypeVar("Name", bound=Hashable)
+"""Of a block: an id in the store, a number in a simulation. The parent of a path's first block is any name but theirs."""
 
 
-class EvictionPolicy(ABC):
+class EvictionPolicy(ABC, Generic[Name]):
     @abstractmethod
-    def add(self, block: BlockId, parent: bytes) -> None:
+    def add(self, block: Name, parent: Name) -> None:
         """A block the tier now holds; newer than all others. `parent` may be a block the tier does not hold."""
 
     @abstractmethod
-    def touch(self, blocks: Sequence[BlockId]) -> list[BlockId]:
+    def touch(self, blocks: Sequence[Name]) -> list[Name]:
         """The prefix that ends with the last of these the tier holds was used: of its blocks the first becomes the newest.
 
         Returns all that were used, those before `blocks` included.
         """
 
     @abstractmethod
-    def remove(self, block: BlockId) -> None:
+    def remove(self, block: Name) -> None:
         """The tier no longer holds it. Unknown blocks are ignored."""
 
     @abstractmethod
-    def evict(self, n: int, protected: Container[BlockId] = ()) -> list[BlockId]:
+    def evict(self, n: int, protected: Container[Name] = ()) -> list[Name]:
         """The n blocks to forget first, none of them protected; empty if there are not n. Changes nothing."""
 
     @abstractmethod
-    def oldest_first(self) -> Iterator[BlockId]:
+    def oldest_first(self) -> Iterator[Name]:
         """All blocks in the order of eviction."""
 
     @abstractmethod
@@ -43,33 +45,33 @@ class EvictionPolicy(ABC):
     def __contains__(self, block: object) -> bool: ...
 
 
-class LeafFirstLru(EvictionPolicy):
+class LeafFirstLru(EvictionPolicy[Name]):
     """Least recently used, deeper blocks of a prefix before shallower ones.
 
     A touched prefix gives deeper blocks the older place, so that leaf-first falls out of plain LRU order.
     """
 
     def __init__(self) -> None:
-        self._parents: OrderedDict[BlockId, bytes] = OrderedDict()  # oldest first
+        self._parents: OrderedDict[Name, Name] = OrderedDict()  # oldest first
 
-    def add(self, block: BlockId, parent: bytes) -> None:
+    def add(self, block: Name, parent: Name) -> None:
         self._parents[block] = parent
         self._parents.move_to_end(block)
 
-    def touch(self, blocks: Sequence[BlockId]) -> list[BlockId]:
+    def touch(self, blocks: Sequence[Name]) -> list[Name]:
         block = next((block for block in reversed(blocks) if block in self._parents), None)
-        touched: list[BlockId] = []
+        touched: list[Name] = []
         while block is not None and (parent := self._parents.get(block)) is not None:
             self._parents.move_to_end(block)
             touched.append(block)
-            block = BlockId(parent)
+            block = parent
         return touched
 
-    def remove(self, block: BlockId) -> None:
+    def remove(self, block: Name) -> None:
         self._parents.pop(block, None)
 
-    def evict(self, n: int, protected: Container[BlockId] = ()) -> list[BlockId]:
-        chosen: list[BlockId] = []
+    def evict(self, n: int, protected: Container[Name] = ()) -> list[Name]:
+        chosen: list[Name] = []
         for block in self._parents:
             if len(chosen) == n:
                 break
@@ -77,7 +79,7 @@ class LeafFirstLru(EvictionPolicy):
                 chosen.append(block)
         return chosen if len(chosen) == n else []
 
-    def oldest_first(self) -> Iterator[BlockId]:
+    def oldest_first(self) -> Iterator[Name]:
         return iter(self._parents)
 
     def __len__(self) -> int:

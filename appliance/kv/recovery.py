@@ -69,7 +69,7 @@ class Recovered:
     """An index and its segments that agree."""
 
     index: Index
-    policy: LeafFirstLru
+    policy: LeafFirstLru[BlockId]
     """Everything that is stored, in the order of eviction."""
     tokens: int
     newest_us: int
@@ -140,9 +140,9 @@ class _Census:
         places = iter(self._places.pop(segment, ()))
         return [Extent(segment, offset, length) for offset, length in zip(places, places, strict=True)]
 
-    def policy(self) -> LeafFirstLru:
+    def policy(self) -> LeafFirstLru[BlockId]:
         """One use stamps a whole prefix, so of equal stamps the deeper goes first. A parent and its name are one object."""
-        policy = LeafFirstLru()
+        policy: LeafFirstLru[BlockId] = LeafFirstLru()
         parents: dict[bytes, BlockId] = {}
         for packed in self._ages.drain():
             _, _, block, parent = _AGE.unpack(packed)
@@ -234,7 +234,7 @@ def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
     return True
 
 
-def _fit(sealed: SealedTier, index: Index, policy: LeafFirstLru) -> list[IndexEntry]:
+def _fit(sealed: SealedTier, index: Index, policy: LeafFirstLru[BlockId]) -> list[IndexEntry]:
     """Evict until the tier is within a capacity that may be smaller than before."""
     evicted: list[IndexEntry] = []
     while excess := sealed.tier.shortfall(b"", ()):

@@ -20,7 +20,7 @@ from appliance.api.trace import Replayed, TraceEvent, TraceHeader
 from appliance.errors import UsageError
 from appliance.kv.policy import EvictionPolicy, LeafFirstLru
 
-POLICIES: dict[str, Callable[[TraceHeader], EvictionPolicy]] = {"lru": lambda header: LeafFirstLru()}
+POLICIES: dict[str, Callable[[TraceHeader], EvictionPolicy[int]]] = {"lru": lambda header: LeafFirstLru()}
 
 ROOT = -1
 """Parent of a path's first block."""
@@ -109,7 +109,7 @@ class Simulation:
 
 
 class _Tier:
-    def __init__(self, policy: EvictionPolicy, capacity_blocks: int) -> None:
+    def __init__(self, policy: EvictionPolicy[int], capacity_blocks: int) -> None:
         self.policy = policy
         self.evicted = 0
         self._capacity_blocks = capacity_blocks

@@ -69,7 +69,7 @@ async def _measure(home: Path) -> LookupTimes:
     return LookupTimes(len(policy), PROMPT_TOKENS, statistics.median(times), max(times))
 
 
-def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru) -> TieredStore:
+def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru[BlockId]) -> TieredStore:
     pool = DramPool(4 * LAYOUT.slot_bytes, lock=False)
     tier = NvmeTier(folder, capacity_bytes=2**42, segment_bytes=2**28, superblock=superblock_maker(ring))
     return TieredStore(
@@ -87,11 +87,11 @@ def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru) -> T
     )
 
 
-def _fill(index: Index, prompt: Sequence[NewBlock]) -> LeafFirstLru:
+def _fill(index: Index, prompt: Sequence[NewBlock]) -> LeafFirstLru[BlockId]:
     """The prompt's full blocks spread among others."""
     ours = iter(new for new in prompt if len(new.tokens) == LAYOUT.block_tokens)
     stride = BLOCKS // len(prompt)
-    policy = LeafFirstLru()
+    policy: LeafFirstLru[BlockId] = LeafFirstLru()
     batch: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
     for n in range(BLOCKS):
         new = next(ours, None) if n % stride == 0 else None

@@ -34,6 +34,7 @@ from tests.support.scheduling import reference
 BLOCK = NULL_BLOCK
 CONFIG = null_config(context_tokens=2**16, max_sequences=64)
 SLOT_BYTES, SLOTS = 4096, 64
+OWNER = b"an owner"
 NS = b"a namespace"
 ENDLESS = 60_000
 """More tokens than any test waits for."""
@@ -68,7 +69,7 @@ async def engine(pool: tuple[int, mmap.mmap]) -> AsyncIterator[EngineProxy]:
 
 
 async def completion(engine: EngineProxy, request: str, tokens: Tokens, max_tokens: int) -> list[int]:
-    await engine.begin(request, NS, tokens, max_tokens)
+    await engine.begin(request, NS, tokens, max_tokens, OWNER)
     found: list[int] = []
     async for event in engine.run(request, greedy(max_tokens)):
         if isinstance(event, NewTokens):
@@ -106,7 +107,7 @@ async def test_requests_at_once_complete_as_alone(engine: EngineProxy) -> None:
 async def test_kv_crosses_through_the_pool_only(engine: EngineProxy, pool: tuple[int, mmap.mmap]) -> None:
     tokens = prompt(3 * BLOCK)
     expected = await completion(engine, "a", tokens, 10)
-    await engine.begin("b", NS, tokens, 10)
+    await engine.begin("b", NS, tokens, 10, OWNER)
     await engine.restore("b", 0, ())
     async for _ in engine.run("b", greedy(0)):
         pass
@@ -114,12 +115,12 @@ async def test_kv_crosses_through_the_pool_only(engine: EngineProxy, pool: tuple
     await engine.release("b")
     await engine.evict()
     assert any(pool[1][7 * SLOT_BYTES : 10 * SLOT_BYTES])
-    assert await engine.begin("c", NS, tokens, 10) == 0
+    assert await engine.begin("c", NS, tokens, 10, OWNER) == 0
     assert await engine.restore("c", 0, [(7 + i, BLOCK, BLOCK) for i in range(3)]) == len(tokens)
     await engine.release("c")
     assert await completion(engine, "d", tokens, 10) == expected
     for slot in (SLOTS, -1, 2**40):
-        await engine.begin("e", NS, prompt(BLOCK, 1), 1)
+        await engine.begin("e", NS, prompt(BLOCK, 1), 1, OWNER)
         with pytest.raises(EngineError):
             await engine.restore("e", 0, [(slot, BLOCK, BLOCK)])
         await engine.release("e")
@@ -127,9 +128,9 @@ async def test_kv_crosses_through_the_pool_only(engine: EngineProxy, pool: tuple
 
 async def test_what_is_wrong_with_a_request_is_said_as_such(engine: EngineProxy) -> None:
     with pytest.raises(RequestError) as caught:
-        await engine.begin("r", NS, prompt(10), ENDLESS * 2)
+        await engine.begin("r", NS, prompt(10), ENDLESS * 2, OWNER)
     assert caught.value.code == "context_length_exceeded"
-    await engine.begin("r", NS, prompt(10), 10)  # the refused one left no trace
+    await engine.begin("r", NS, prompt(10), 10, OWNER)  # the refused one left no trace
     with pytest.raises(EngineError):
         await engine.export("r", [(0, 5, 0)])
     with pytest.raises(EngineError):
@@ -143,7 +144,7 @@ def nested(depth: int) -> object:
 
 
 async def test_a_second_run_is_refused_and_the_first_goes_on(engine: EngineProxy) -> None:
-    await engine.begin("r", NS, prompt(10), 200)
+    await engine.begin("r", NS, prompt(10), 200, OWNER)
     found: list[int] = []
     async for event in engine.run("r", greedy(200)):
         if isinstance(event, NewTokens):
@@ -170,8 +171,8 @@ async def test_what_cannot_be_sent_is_the_requests_fault(engine: EngineProxy, co
 
 
 async def test_a_killed_engine_fails_what_was_in_flight_and_comes_back(engine: EngineProxy) -> None:
-    await engine.begin("streams", NS, prompt(10), ENDLESS)
-    await engine.begin("waits", NS, prompt(10, 1), ENDLESS)
+    await engine.begin("streams", NS, prompt(10), ENDLESS, OWNER)
+    await engine.begin("waits", NS, prompt(10, 1), ENDLESS, OWNER)
     stream = first_token(engine, "streams")
     await anext(stream)
     waiting = asyncio.create_task(engine.restore("waits", 0, ()))
@@ -200,7 +201,7 @@ async def test_a_call_made_while_no_engine_runs_waits_for_the_next(engine: Engin
         with suppress(EngineDied):  # the call may be sent before the death is known
             await engine.stats()
         assert (await engine.stats()).cells_used == 0
-    await engine.begin("r", NS, prompt(5), 1)
+    await engine.begin("r", NS, prompt(5), 1, OWNER)
     assert await engine.restore("r", 0, ()) == 0
     await engine.release("r")
 
@@ -304,7 +305,7 @@ async def test_after_a_cancel_storm_nothing_is_held(engine: EngineProxy) -> None
     async def live_and_be_cancelled(i: int) -> None:
         request, tokens = f"r{i}", prompt(random_.randrange(1, 400), i % 5)
         moment = random_.randrange(5)
-        await engine.begin(request, NS, tokens, 100)
+        await engine.begin(request, NS, tokens, 100, OWNER)
         try:
             if moment == 0:
                 return
@@ -362,7 +363,17 @@ def worker() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
 
 
 Worker = tuple[subprocess.Popen[bytes], socket.socket]
-BEGIN = pack({"op": "begin", "call": 2, "request": "r", "ns": NS, "tokens": prompt(10).data, "reserve_tokens": ENDLESS})
+BEGIN = pack(
+    {
+        "op": "begin",
+        "call": 2,
+        "request": "r",
+        "ns": NS,
+        "owner": OWNER,
+        "tokens": prompt(10).data,
+        "reserve_tokens": ENDLESS,
+    }
+)
 
 
 def run_frame(**sampling: object) -> bytes:
@@ -463,7 +474,7 @@ async def test_llama_cpp_dies_comes_back_and_restores(pool: tuple[int, mmap.mmap
         tokens = await engine.tokenize(text, add_special=True, parse_special=False)
         assert await engine.detokenize(tokens) == text
         assert len(tokens) > 3 * block
-        await engine.begin("r", NS, tokens, 1800)
+        await engine.begin("r", NS, tokens, 1800, OWNER)
         expected: list[int] = []
         with suppress(EngineDied):
             async for event in engine.run("r", greedy(1800)):
@@ -474,7 +485,7 @@ async def test_llama_cpp_dies_comes_back_and_restores(pool: tuple[int, mmap.mmap
                     await engine.export("r", [(i * block, block, i) for i in range(3)])
                     kill(engine)
         await engine.release("r")
-        assert await engine.begin("r", NS, tokens, 20) == 0
+        assert await engine.begin("r", NS, tokens, 20, OWNER) == 0
         assert await engine.restore("r", 0, [(i, block, block) for i in range(3)]) == 3 * block
         await engine.release("r")
         assert await completion(engine, "again", tokens, 20) == expected[:20]

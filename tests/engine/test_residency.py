@@ -61,7 +61,7 @@ class CellsMachine(RuleBasedStateMachine):
         source, resident = self.books.lookup(ns, prompt)
         assert resident == self.longest_shared(ns, prompt)
         pin = self.books.pin(source, min(resident, len(prompt) - 1)) if source else None
-        request = Request(letters, ns, prompt, reserve_tokens, pin)
+        request = Request(letters, len(self.requests), ns, ns, prompt, reserve_tokens, pin)
         self.requests.append(request)
         return request
 
@@ -79,7 +79,7 @@ class CellsMachine(RuleBasedStateMachine):
     def admit(self, request: Request) -> Any:
         pinned = request.pin.tokens if request.pin else 0
         before = (self.books.used, len(self.books))
-        if not self.cells.admit(request, self.outstanding()):
+        if not self.cells.admit(request, request.most_cells, self.outstanding()):
             assert (self.books.used, len(self.books)) == before
             self.drop(request)
             return multiple()
@@ -98,7 +98,7 @@ class CellsMachine(RuleBasedStateMachine):
             row = prompt[length : length + n_tokens]
             generated = b""
         else:
-            row = spelled(letter * min(n_tokens, request.cells - length))
+            row = spelled(letter * min(n_tokens, request.most_cells - length))
             generated = row.data
         if len(row):
             self.engine.decode([Row(sequence.id, length, row, False)])  # the null engine refuses if no cell is free

@@ -25,6 +25,7 @@ def null_config(**changes: Any) -> EngineConfig:
         "max_sequences": 16,
         "batch_tokens": 64,
         "shared_batch_tokens": 8,
+        "prefill_share": 1.0,
         "block_tokens": NULL_BLOCK,
         "gpu_layers": 0,
         "threads": 1,

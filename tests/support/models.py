@@ -32,6 +32,7 @@ def tiny_config(**changes: object) -> EngineConfig:
         "max_sequences": 8,
         "batch_tokens": 512,
         "shared_batch_tokens": 64,
+        "prefill_share": 1.0,
         "block_tokens": 256,
         "gpu_layers": 0,
         "threads": 0,

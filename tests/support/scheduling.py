@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from appliance.engine.base import EngineConfig, KVMode, Row
 from appliance.engine.client import Done, Event, NewTokens
 from appliance.engine.null import NullEngine
+from appliance.engine.pace import Pace
 from appliance.engine.request import Failed
-from appliance.engine.roster import Roster
+from appliance.engine.roster import GROWTH_TOKENS, Roster
 from appliance.engine.scheduler import Scheduler
 from appliance.engine.transfer import SLICE_BLOCKS
 from appliance.errors import EngineError
@@ -24,6 +25,7 @@ T = TypeVar("T")
 SHARED_SLICE_BLOCKS = 2
 """Fixed here, where a step takes no time that says anything."""
 NS = b"a namespace"
+OWNER = b"an owner"
 
 
 class SpiedEngine(NullEngine):
@@ -42,23 +44,22 @@ class SpiedEngine(NullEngine):
 
 
 class Bench:
-    def __init__(self, *, kv_mode: KVMode = KVMode.ROWS, **config: Any) -> None:
+    def __init__(self, *, kv_mode: KVMode = KVMode.ROWS, growth_tokens: int = GROWTH_TOKENS, **config: Any) -> None:
         settings = null_config(**config)
         self.engine = SpiedEngine(settings)
         self.engine.info = replace(self.engine.info, kv_mode=kv_mode)
         self.slots: dict[int, bytearray] = {}
         self.events: dict[str, list[Event | Failed]] = defaultdict(list)
         self.roster = Roster(
-            self.engine, slot=self.slot, emit=lambda request, event: self.events[request].append(event)
+            self.engine,
+            slot=self.slot,
+            emit=lambda request, event: self.events[request].append(event),
+            growth_tokens=growth_tokens,
         )
         self.roster.transfers.slice_blocks = lambda step_s: SHARED_SLICE_BLOCKS if step_s else SLICE_BLOCKS  # type: ignore[method-assign]
         self.roster.transfers.resting = lambda: False  # type: ignore[method-assign]
-        self.scheduler = Scheduler(
-            self.engine,
-            self.roster,
-            batch_tokens=settings.batch_tokens,
-            shared_batch_tokens=settings.shared_batch_tokens,
-        )
+        self.pace = Pace(settings.batch_tokens, settings.shared_batch_tokens, settings.prefill_share)
+        self.scheduler = Scheduler(self.engine, self.roster, self.pace)
 
     def slot(self, index: int, nbytes: int) -> memoryview:
         if index < 0:
@@ -92,8 +93,8 @@ class Bench:
 
     # --- what tests do most -------------------------------------------------------------------------------------
 
-    def begin(self, request: str, tokens: Tokens, reserve_tokens: int = 8, ns: bytes = NS) -> int:
-        return self.roster.begin(request, ns, tokens, reserve_tokens)
+    def begin(self, request: str, tokens: Tokens, reserve_tokens: int = 8, ns: bytes = NS, owner: bytes = OWNER) -> int:
+        return self.roster.begin(request, ns, tokens, reserve_tokens, owner)
 
     def run(self, request: str, max_tokens: int = 8, **sampling: Any) -> None:
         reply = self.scheduler.run_request(request, greedy(max_tokens, **sampling))

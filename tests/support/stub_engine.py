@@ -93,7 +93,7 @@ class StubEngine(EngineClient):
     def info(self) -> Any:  # type: ignore[override]
         return SimpleNamespace(layout=LAYOUT)
 
-    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int) -> int:
+    async def begin(self, request: str, ns: bytes, tokens: Tokens, reserve_tokens: int, owner: bytes) -> int:
         assert request not in self.known
         self.known[request], self._born[request] = tokens, self.generation
         for marks in (self._cancelled, self._preempted, self._spoken):
@@ -148,6 +148,9 @@ class StubEngine(EngineClient):
     async def park(self, request: str) -> None:
         await self._answered(request, self.parking)
         self.parked += 1
+
+    async def prefill(self, request: str, stop: int) -> int:
+        return self._present[request]
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
         await self._answered(request, self.exporting)

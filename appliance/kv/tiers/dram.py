@@ -138,7 +138,7 @@ class Entry:
 class DramTable:
     """Which block is in which slot, and which go first."""
 
-    def __init__(self, pool: DramPool, shape: PoolShape, policy: EvictionPolicy) -> None:
+    def __init__(self, pool: DramPool, shape: PoolShape, policy: EvictionPolicy[BlockId]) -> None:
         self._pool = pool
         self.slots = shape.slots
         self.policy = policy
