@@ -15,10 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from appliance.engine.base import Engine, KVMode, Row
+from appliance.engine.base import Engine, KVMode
+from appliance.engine.batch import Batches, Work
 from appliance.engine.client import Computed, NewTokens, Prefilled
 from appliance.engine.pace import Pace
 from appliance.engine.request import Request
@@ -30,31 +30,8 @@ from appliance.types import FinishReason, SamplingParams, Tokens
 T = TypeVar("T")
 
 
-OVERTAKEN = 3
-"""So many steps in a row compute younger prompts than the oldest, before one computes that: it gets a quarter at least."""
 COMPUTED_BLOCKS = 4
 """So many more blocks of a long prompt, and the control process is told that they may be exported."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A request's row in a decode call."""
-
-    request: Request
-    row: Row
-
-    @property
-    def is_prompt(self) -> bool:
-        """Of what has to be there before the next token is chosen."""
-        return self.row.start < len(self.request.prompt)
-
-
-@dataclass(frozen=True)
-class Front:
-    """A request whose prompt is computed up to `prefill_to` before it is run."""
-
-    request: Request
-    reply: Future[int]
 
 
 class Scheduler:
@@ -62,10 +39,7 @@ class Scheduler:
         self._engine = engine
         self._roster = roster
         self._cells, self._transfers = roster.cells, roster.transfers
-        self._pace = pace
-        self._fronts: list[Front] = []
-        self._passed_over = 0
-        """Steps in a row that computed prompts, but not the oldest."""
+        self._batches = Batches(roster, pace)
         self._wake = threading.Condition(roster.lock)
         self._commands: deque[Callable[[], None]] = deque()
         self._step_s = 0.0
@@ -105,10 +79,9 @@ class Scheduler:
 
         def command() -> None:
             request = self._roster.known(request_id)
-            if request.ended or request.was_run or any(front.request is request for front in self._fronts):
+            if request.ended or request.was_run:
                 raise EngineError("the request runs already, or has ended")
-            request.prefill_to = max(0, min(stop, (len(request.prompt) - 1)))
-            self._fronts.append(Front(request, reply))
+            self._batches.add_front(request, stop, reply)
             self._roster.enqueue(request)
 
         return self._post(command, reply)
@@ -140,8 +113,8 @@ class Scheduler:
         return self._post_done(lambda: self._end(request_id, self._roster.release))
 
     def _end(self, request_id: str, end: Callable[[str], None]) -> None:
-        for front in [front for front in self._fronts if front.request.id == request_id]:
-            self._end_front(front.request, EngineError("the request was cancelled"))
+        if request := self._roster.get(request_id):
+            self._batches.end_front(request, "the request was cancelled")
         end(request_id)
 
     def evict(self) -> Future[int]:
@@ -188,9 +161,9 @@ class Scheduler:
                 self._commands.popleft()()
         self._roster.admit()
         self._move()
-        batch = self._plan()
+        batch = self._batches.next()
         self._compute(batch)
-        self._answer_fronts()
+        self._batches.answer_fronts()
         with self._wake:  # streams without a row wait for cells that only a command gives back
             return bool(self._commands or batch or self._transfers.pending)
 
@@ -203,39 +176,6 @@ class Scheduler:
         if not (shared and self._transfers.resting()):
             self._transfers.export_slice(blocks)
 
-    def _plan(self) -> list[Work]:
-        """Every stream that decodes, and of the prompts as much as the pace allows."""
-        decoding = [s for s in list(self._roster.streams) if s.decoding and self._roster.has_cell(s)]
-        decoding = [stream for stream in decoding if stream.running]  # another one's growth may have preempted it
-        return [*(Work(request, _next_row(request)) for request in decoding), *self._prompts(len(decoding))]
-
-    def _prompts(self, n_decoding: int) -> list[Work]:
-        """Rows of prompts, shortest first, so that a question after a long context does not wait for another's context.
-
-        The oldest comes first when it was passed over often enough. What a prompt in the batch computes no other one
-        computes too: it is adopted in the next step.
-        """
-        wanting = [*self._roster.streams, *(front.request for front in self._fronts)]
-        waiting = [r for r in wanting if r.sequence and not r.decoding and not self._transfers.restoring(r)]
-        for request in waiting:
-            self._cells.adopt(request)
-        waiting = [request for request in waiting if _prompt_end(request) > request.present]
-        if not waiting:
-            return []
-        oldest = min(waiting, key=lambda request: request.number)
-        waiting.sort(key=lambda request: (_prompt_end(request) - request.present, request.number))
-        if self._passed_over >= OVERTAKEN:
-            waiting.sort(key=lambda request: request is not oldest)
-        budget = self._pace.prompt_tokens(n_decoding, len(waiting))
-        work: list[Work] = []
-        for request in waiting:
-            if budget > 0 and not any(_computes_for(other, request) for other in work):
-                work.append(Work(request, _prefill_row(request, budget)))
-                budget -= len(work[-1].row.tokens)
-        if work:
-            self._passed_over = 0 if any(each.request is oldest for each in work) else self._passed_over + 1
-        return work
-
     def _compute(self, batch: Sequence[Work]) -> None:
         if not batch:
             return
@@ -243,16 +183,7 @@ class Scheduler:
         for group in self._engine.groups([work.row for work in batch]):
             self._compute_group([batch[index] for index in group])
         self._step_s = time.monotonic() - began_s
-        n_decoding = sum(not work.is_prompt for work in batch)
-        n_prompt = sum(len(work.row.tokens) for work in batch if work.is_prompt)
-        self._pace.saw(n_decoding, n_prompt, self._step_s)
-
-    def _answer_fronts(self) -> None:
-        done = [front for front in self._fronts if front.request.sequence]
-        for front in [front for front in done if front.request.present >= front.request.prefill_to]:
-            self._fronts.remove(front)
-            self._cells.adopt(front.request)
-            front.reply.set_result(front.request.present)
+        self._batches.took(batch, self._step_s)
 
     def _compute_group(self, batch: Sequence[Work]) -> None:
         """Decode and sample. If the engine refuses a batch, its rows are tried one by one to find the one to blame."""
@@ -278,15 +209,7 @@ class Scheduler:
         if request.was_run:
             self._roster.fail(request, error)
         else:
-            self._end_front(request, error)
-
-    def _end_front(self, request: Request, error: KvctlError) -> None:
-        """The request computes nothing ahead any more, but may still be run."""
-        for front in [front for front in self._fronts if front.request is request]:
-            self._fronts.remove(front)
-            request.prefill_to = 0
-            self._cells.drop_aside(request)
-            front.reply.set_exception(EngineError(str(error)))
+            self._batches.end_front(request, str(error))
 
     def _advance(self, work: Work, index: int, elapsed_s: float) -> None:
         """The row of this request was computed."""
@@ -339,32 +262,3 @@ class Scheduler:
             self._roster.finish(request, FinishReason.STOP)
         elif at_limit:
             self._roster.finish(request, FinishReason.LENGTH)
-
-
-def _next_row(request: Request) -> Row:
-    assert request.sequence and request.next_token is not None
-    return Row(request.sequence.id, request.sequence.length, Tokens.of((request.next_token,)), want_logits=True)
-
-
-def _prompt_end(request: Request) -> int:
-    """Where the computing of its prompt ends for now."""
-    return len(request.prompt) if request.was_run else request.prefill_to
-
-
-def _prefill_row(request: Request, budget: int) -> Row:
-    assert request.sequence
-    start, last = request.sequence.length, len(request.prompt) - 1
-    # The last token is a row of its own, so that a prompt computed and the same prompt restored give equal logits.
-    end = _prompt_end(request)
-    stop = min(start + budget, last, end) if start < last else end
-    want_logits = stop > last and request.limit_tokens > 0
-    return Row(request.sequence.id, start, request.prompt[start:stop], want_logits)
-
-
-def _computes_for(work: Work, request: Request) -> bool:
-    """Whether this row computes what the request needs next and can adopt."""
-    other = work.request
-    if other.ns != request.ns or not work.is_prompt or work.row.start > request.present:
-        return False
-    stop = min(work.row.start + len(work.row.tokens), len(other.prompt) - 1, (len(request.prompt) - 1))
-    return stop > request.present and other.prompt.common_prefix(request.prompt) > request.present
