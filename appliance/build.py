@@ -274,6 +274,7 @@ def _service(
         slots=profile.server.max_running,
         tool_format=info.tool_format,
         grammars=info.grammars,
+        embedding_width=info.embedding_width,
     )
     return Service(
         runtime=runtime,

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from appliance.ahead import Ahead
+from appliance.embed import embed
 from appliance.engine.client import EngineClient
 from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, frames_of
 from appliance.kv.base import KVStore
@@ -30,7 +31,7 @@ from appliance.run import Parts, RequestRun
 from appliance.text import TextCalls
 from appliance.totals import Totals
 from appliance.turns import GENERATED, Turn, Turns
-from appliance.types import Tokens
+from appliance.types import Namespace, Tokens
 
 __all__ = ["Chunk", "Finished", "GenerateRequest", "Limits", "Runtime", "Timings"]
 
@@ -104,6 +105,13 @@ class Runtime:
 
     async def detokenize(self, tokens: Tokens) -> str:
         return await self.engine.detokenize(tokens)
+
+    async def embed(self, tenant: str, tokens: Tokens) -> bytes:
+        """The unit vector of these tokens, f32le."""
+        if self._draining:
+            raise Overloaded("the appliance is stopping", retry_after_s=self.turns.retry_after_s(), status=503)
+        owner = self.store.root(Namespace(tenant))
+        return await embed(self.engine, self.turns, self._quarantine, tenant, owner, tokens)
 
     # --- generate ----------------------------------------------------------------------------------------------
 

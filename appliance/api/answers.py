@@ -138,6 +138,25 @@ class Answer(Body):
     kvctl: Explanation | None = None
 
 
+class Embedding(Body):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """Numbers, or their f32le bytes in base64."""
+
+
+class EmbeddingUsage(Body):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Body):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(Body):
     id: str
     object: Literal["model"]

@@ -19,7 +19,8 @@ from appliance.types import Tokens
 
 MAX_CHOICES = 64
 MAX_MESSAGES = 10_000
-MAX_INPUTS = 256
+MAX_INPUTS = 2_048
+"""Texts of one request for embeddings."""
 
 RETENTION_S = {"in_memory": 0.0, "in-memory": 0.0, "24h": 86_400.0}
 """What `prompt_cache_retention` can ask for, in seconds."""
@@ -115,6 +116,21 @@ class CompletionRequest(GenerationRequest):
     @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
+
+
+def _inputs(value: object) -> tuple[str | Tokens, ...]:
+    texts = prompts(value)
+    if len(texts) > MAX_INPUTS:
+        raise ValueError(f"should hold at most {MAX_INPUTS} texts")
+    return texts
+
+
+class EmbeddingRequest(Request):
+    input: Annotated[tuple[str | Tokens, ...], PlainValidator(_inputs)]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
 
 
 class TokenizeRequest(Request):

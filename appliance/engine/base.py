@@ -3,7 +3,7 @@
 An Engine knows nothing of requests, tenants, keys or tiers. It computes rows, shares and drops cells, and copies
 KV of a token range out of cells and back in. `scheduler.py` decides what to call; `null.py` is the reference.
 
-Threading: `decode`, `sample`, `link`, `drop`, `export`, `restore`, `close` are called by the compute thread only.
+Threading: `decode`, `embed`, `sample`, `link`, `drop`, `export`, `restore`, `close` are called by the compute thread only.
 `tokenize`, `render`, `piece` may be called from any thread at any time.
 
 Cells. A sequence is a dense run of positions [0, length). `link` makes a second sequence share cells without a copy;
@@ -20,6 +20,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from appliance.chat.tools import ToolFormat
 from appliance.types import BlockLayout, Fingerprint, SamplingParams, TokenLogprob, Tokens
 
@@ -33,6 +36,17 @@ class KVMode(str, Enum):
     """One state blob per block: restored one by one, then linked, in part if wanted."""
     NONE = "none"
     """The state cannot be sliced (recurrent models): nothing is stored below hbm."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Pooling(str, Enum):
+    """How the vectors of a prompt's tokens become one."""
+
+    MEAN = "mean"
+    FIRST = "first"
+    LAST = "last"
 
     def __str__(self) -> str:
         return self.value
@@ -99,6 +113,9 @@ class EngineInfo:
     """How the model writes tool calls."""
     grammars: bool
     """Whether its samplers follow SamplingParams.grammar."""
+    embedding_width: int
+    """Numbers in an embedding; 0: the model makes none."""
+    pooling: Pooling
     notes: tuple[str, ...]
     """What a user should know: what cannot be restored for this model, and similar."""
 
@@ -172,6 +189,10 @@ class Engine(ABC):
     @abstractmethod
     def decode(self, rows: Sequence[Row]) -> None:
         """Compute all rows in one call and keep the wanted logits until the next call."""
+
+    @abstractmethod
+    def embed(self, row: Row) -> NDArray[np.float32]:
+        """Compute the row and return the vectors of its tokens, [tokens, embedding_width]; valid until the next call."""
 
     @abstractmethod
     def logits(self, row: int) -> memoryview:

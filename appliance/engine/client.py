@@ -141,6 +141,10 @@ class EngineClient(ABC):
         """Fill slots: (start, n_tokens, slot) each. Returns when all hold their blocks."""
 
     @abstractmethod
+    async def embed(self, request: str) -> bytes:
+        """The unit vector of the whole prompt, f32le. The request has cells (a restore was answered) and is not run."""
+
+    @abstractmethod
     async def release(self, request: str) -> None: ...
 
     @abstractmethod

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from appliance.chat.instructed import instructed
 from appliance.chat.tools import ToolFormat
-from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row, Sampled, Sampler
+from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Pooling, Row, Sampled, Sampler
 from appliance.engine.sampling import Chain, Logits
 from appliance.errors import EngineError, RequestError, RestoreError
 from appliance.types import BlockLayout, Fingerprint, SamplingParams, Tokens
@@ -33,6 +33,7 @@ SPECIALS = ("<|end|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "
 END, BEGIN = 256, 257
 VOCAB_TOKENS = 256 + len(SPECIALS)
 END_TRIGGER = 4
+EMBEDDING_WIDTH = 16
 HEADER_BYTES = 8
 """Each frame of a block begins with its token count and its position, u32le each."""
 
@@ -189,6 +190,16 @@ class NullEngine(Engine):
             logits[END] = 50
         return logits
 
+    def embed(self, row: Row) -> npt.NDArray[np.float32]:
+        self.decode([row])
+        cells = self._sequences[row.seq].cells[row.start :]
+        states = self._codec.states(self._rows[cells])[:, None]
+        noise = _mix(states ^ np.arange(1, EMBEDDING_WIDTH + 1, dtype=np.uint64))
+        vectors: npt.NDArray[np.float32] = (noise >> np.uint64(40)).astype(np.float32) * np.float32(
+            2**-23
+        ) - np.float32(1)
+        return vectors
+
     def logits(self, row: int) -> memoryview:
         logits = self._logits[row]
         assert logits is not None, "the row did not ask for logits"
@@ -307,5 +318,7 @@ def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
         has_chat_template=True,
         tool_format=ToolFormat.HERMES,
         grammars=False,
+        embedding_width=EMBEDDING_WIDTH,
+        pooling=Pooling.MEAN,
         notes=(),
     )

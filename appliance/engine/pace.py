@@ -57,6 +57,11 @@ class Pace:
             self._chunk_s = _smoothed(self._chunk_s, added_s)
             self._credit_s -= added_s
 
+    def spent(self, seconds: float) -> None:
+        """While streams decode, something else that was computed for a prompt took so long."""
+        self._chunk_s = _smoothed(self._chunk_s, seconds)
+        self._credit_s -= seconds
+
 
 def _smoothed(known: float, seen: float) -> float:
     return seen if not known else known + SMOOTHING * (seen - known)

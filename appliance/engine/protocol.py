@@ -20,6 +20,7 @@ Control -> engine. Every call has `op` and `call` (an integer); the engine answe
   preempt    request                                        -> null; `preempted` follows, or `done` if it ended first
   park       request                                        -> null; after `preempted`: the sequence becomes evictable
   export     request, blocks [[start, n, slot], ...]        -> null when every slot holds its block
+  embed      request                                        -> unit vector, f32le; of an admitted request that is not run
   release    request                                        -> null; the request's sequence becomes evictable residency
   cancel     request                                        -> null; `done` with reason cancelled follows if it ran
   stats      -                                              -> EngineStats map
@@ -46,8 +47,8 @@ Engine -> control, unasked:
   {"event": "done", "request", "reason", "completion_tokens", "decode_s", "kv_tokens"}
   {"event": "preempted", "request", "kv_tokens"}
              the run has ended for now; what is in cells stays, and may be exported, until `park`
-  {"event": "failed", "request", "message"}
-             this request only; the engine lives on
+  {"event": "failed", "request", "message", "refused"}
+             this request only; the engine lives on. refused: what it asked for is to blame
   {"event": "progress", "fraction"}     while loading
 """
 

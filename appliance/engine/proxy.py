@@ -18,7 +18,7 @@ from appliance.engine.client import Done, EngineClient, Event, Preempted
 from appliance.engine.process import EngineProcess
 from appliance.engine.protocol import EngineStats
 from appliance.engine.request import Failed
-from appliance.errors import EngineDied, EngineError, KvctlError
+from appliance.errors import EngineDied, EngineError, KvctlError, RequestError
 from appliance.types import SamplingParams, Tokens
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class EngineProxy(EngineClient):
                 if isinstance(event, EngineDied):
                     raise event
                 if isinstance(event, Failed):
-                    raise EngineError(event.message)
+                    raise RequestError(event.message, status=422) if event.refused else EngineError(event.message)
                 yield event
         finally:
             process.unsubscribe(request)
@@ -208,6 +208,9 @@ class EngineProxy(EngineClient):
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:
         await self._call_for(request, "export", blocks=blocks)
+
+    async def embed(self, request: str) -> bytes:
+        return bytes(await self._call_for(request, "embed"))
 
     async def release(self, request: str) -> None:
         process = self._requests.pop(request, None)

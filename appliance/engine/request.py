@@ -20,6 +20,8 @@ class Failed:
     """The request cannot go on; the engine can."""
 
     message: str
+    refused: bool = False
+    """What it asked for is to blame."""
 
 
 @dataclass(eq=False)

@@ -267,7 +267,7 @@ class Roster:
 
     def fail(self, request: Request, error: KvctlError) -> None:
         self._end(request)
-        self.emit(request.id, Failed(str(error)))
+        self.emit(request.id, Failed(str(error), refused=isinstance(error, RequestError)))
 
     def _end(self, request: Request) -> None:
         with self.lock:

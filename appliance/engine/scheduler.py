@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 from appliance.engine.base import Engine, KVMode
 from appliance.engine.batch import Batches, Work
 from appliance.engine.client import Computed, NewTokens, Prefilled
+from appliance.engine.embeddings import Embeddings
 from appliance.engine.pace import Pace
 from appliance.engine.request import Request
 from appliance.engine.roster import Roster
@@ -40,6 +41,7 @@ class Scheduler:
         self._roster = roster
         self._cells, self._transfers = roster.cells, roster.transfers
         self._batches = Batches(roster, pace)
+        self._embeddings = Embeddings(engine, roster.cells, pace)
         self._wake = threading.Condition(roster.lock)
         self._commands: deque[Callable[[], None]] = deque()
         self._step_s = 0.0
@@ -106,6 +108,10 @@ class Scheduler:
 
         return self._post(command, reply)
 
+    def embed(self, request_id: str) -> Future[bytes]:
+        reply: Future[bytes] = Future()
+        return self._post(lambda: self._embeddings.add(self._roster.known(request_id), reply), reply)
+
     def cancel(self, request_id: str) -> Future[None]:
         return self._post_done(lambda: self._end(request_id, self._roster.cancel))
 
@@ -161,11 +167,13 @@ class Scheduler:
                 self._commands.popleft()()
         self._roster.admit()
         self._move()
+        self._embeddings.before(self._roster.streams)
         batch = self._batches.next()
         self._compute(batch)
         self._batches.answer_fronts()
+        self._embeddings.after(self._roster.streams, prompts=any(work.is_prompt for work in batch))
         with self._wake:  # streams without a row wait for cells that only a command gives back
-            return bool(self._commands or batch or self._transfers.pending)
+            return bool(self._commands or batch or self._transfers.pending or self._embeddings.pending)
 
     def _move(self) -> None:
         """Restores bring a first token nearer, so they go before prefill; exports can wait. Neither stalls a stream."""

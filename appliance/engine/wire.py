@@ -11,7 +11,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from appliance.engine.base import EngineConfig, EngineInfo, KVMode
+from appliance.chat.tools import ToolFormat
+from appliance.engine.base import EngineConfig, EngineInfo, KVMode, Pooling
 from appliance.engine.client import Computed, Done, Event, NewTokens, Preempted, Prefilled
 from appliance.engine.protocol import LENGTH, MAX_MESSAGE_BYTES, unpack
 from appliance.engine.request import Failed
@@ -69,7 +70,11 @@ def config_from_map(fields: Mapping[str, Any]) -> EngineConfig:
 
 
 def info_to_map(info: EngineInfo) -> dict[str, Any]:
-    return dataclasses.asdict(info) | {"kv_mode": info.kv_mode.value}
+    return dataclasses.asdict(info) | {
+        "kv_mode": info.kv_mode.value,
+        "tool_format": info.tool_format.value,
+        "pooling": info.pooling.value,
+    }
 
 
 def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
@@ -78,6 +83,8 @@ def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
         "kv_mode": KVMode(fields["kv_mode"]),
         "layout": BlockLayout(layout["block_tokens"], tuple(layout["token_bytes"]), tuple(layout["fixed_bytes"])),
         "fingerprint": Fingerprint(**fields["fingerprint"]),
+        "tool_format": ToolFormat(fields["tool_format"]),
+        "pooling": Pooling(fields["pooling"]),
         "notes": tuple(fields["notes"]),
     }
     return EngineInfo(**{**fields, **known})

@@ -89,6 +89,7 @@ class Worker:
             "preempt": lambda m: self._scheduler.preempt(m["request"]),
             "park": lambda m: self._scheduler.park(m["request"]),
             "export": lambda m: self._scheduler.export(m["request"], _triples(m["blocks"])),
+            "embed": lambda m: self._scheduler.embed(m["request"]),
             "release": lambda m: self._scheduler.release(m["request"]),
             "cancel": lambda m: self._scheduler.cancel(m["request"]),
             "stats": lambda m: asdict(self._roster.stats()),

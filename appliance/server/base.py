@@ -50,6 +50,8 @@ class ServedModel:
     """How it writes tool calls."""
     grammars: bool
     """Whether an answer can be held to a grammar."""
+    embedding_width: int
+    """Numbers in an embedding; 0: it makes none."""
 
 
 @dataclass(frozen=True)

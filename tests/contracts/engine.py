@@ -93,6 +93,21 @@ class Conformance(ABC):
             engine.drop(0)
         assert all(completion == completions[0] for completion in completions)
 
+    def test_embeddings_do_not_depend_on_their_chunks_and_disturb_nothing(self, engine: Engine) -> None:
+        tokens = prompt(40)
+        prefill(engine, 0, prompt(30, seed=1))
+        expected = complete(engine, 0, 30)
+        engine.drop(0)
+        prefill(engine, 0, prompt(30, seed=1))
+        whole = engine.embed(Row(1, 0, tokens, False)).copy()
+        assert whole.shape == (40, engine.info.embedding_width)
+        parts = [engine.embed(Row(2, at, tokens[at : at + 8], False)).copy() for at in range(0, 40, 8)]
+        assert np.allclose(np.concatenate(parts), whole, rtol=1e-3, atol=1e-3 * np.abs(whole).max())
+        assert not np.allclose(engine.embed(Row(3, 0, prompt(40, seed=2), False)), whole, rtol=1e-3)
+        engine.drop(0)
+        prefill(engine, 0, prompt(30, seed=1))
+        assert complete(engine, 0, 30) == expected
+
     def test_a_decode_without_cells_changes_nothing(self, engine: Engine) -> None:
         tokens = prompt(self.block)
         prefill(engine, 0, tokens)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.api.openai import ChatRequest, CompletionRequest
+from appliance.api.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from appliance.server.app import public_app
 from tests.support.fake_runtime import FakeRuntime, service
 
@@ -20,15 +20,43 @@ ANY = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
 )
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": ANY}), max_size=3
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": ANY},
+        optional={"tool_calls": ANY, "tool_call_id": ANY},
+    ),
+    max_size=3,
+)
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: st.dictionaries(
+        st.sampled_from(
+            ["type", "properties", "required", "items", "prefixItems", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs",
+             "additionalProperties", "minItems", "maxItems", "minLength", "maxLength", "format", "pattern"]
+        ),
+        inner | st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.sampled_from(["object", "array", "string", "#", "#/$defs/a", "date"]),
+        max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+TOOLS = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.just("function"), "function": st.fixed_dictionaries({"name": st.sampled_from(["f", "g", "<"]), "parameters": SCHEMAS})}
+    ),
+    max_size=3,
+)  # fmt: skip
+FORM = st.fixed_dictionaries(
+    {"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": SCHEMAS, "strict": st.booleans()})}
 )
 VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
+    "/v1/embeddings": {"input": "hi"},
 }
 FIELDS = {
     "/v1/chat/completions": sorted(ChatRequest.model_fields),
     "/v1/completions": sorted(CompletionRequest.model_fields),
+    "/v1/embeddings": sorted(EmbeddingRequest.model_fields),
 }
 
 
@@ -37,6 +65,14 @@ def bodies(draw: st.DrawFn, path: str) -> dict[str, Any]:
     changed = draw(st.dictionaries(st.sampled_from(FIELDS[path]), ANY, max_size=3))
     if "messages" in changed:
         changed["messages"] = draw(MESSAGES | ANY)
+    shaped = {
+        "tools": TOOLS,
+        "response_format": FORM,
+        "json_schema": SCHEMAS,
+        "tool_choice": st.sampled_from(["required", "auto"]),
+    }
+    if path != "/v1/embeddings":
+        changed |= draw(st.fixed_dictionaries({}, optional=shaped))
     return {**VALID[path], **changed}
 
 

@@ -18,6 +18,7 @@ HELLO = {"messages": [{"role": "user", "content": "canary-prompt"}]}
 KEYED = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/embeddings"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/fake-1b"),
     ("GET", "/props"),

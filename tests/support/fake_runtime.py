@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -51,6 +52,7 @@ MODEL = ServedModel(
     slots=16,
     tool_format=ToolFormat.HERMES,
     grammars=True,
+    embedding_width=2,
 )
 
 LOADING = Loading(
@@ -76,6 +78,7 @@ class FakeRuntime:
         self.messages: list[Sequence[dict[str, Any]]] = []
         self.tools: list[Sequence[dict[str, Any]] | None] = []
         self.options: list[Mapping[str, Any]] = []
+        self.embedded: list[Tokens] = []
         self.closed: list[str] = []
         self.begun = asyncio.Event()
         self.ended = asyncio.Event()
@@ -102,6 +105,11 @@ class FakeRuntime:
 
     async def detokenize(self, tokens: Tokens) -> str:
         return "".join("\ufffd" if token == HALF_A_CHARACTER else chr(token) for token in tokens)
+
+    async def embed(self, tenant: str, tokens: Tokens) -> bytes:
+        self.embedded.append(tokens)
+        await self.interfere()
+        return struct.pack("<2f", len(tokens), 0.5)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Finished]:
         first = all(request.prompt != earlier.prompt for earlier in self.requests)

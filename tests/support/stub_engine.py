@@ -159,6 +159,9 @@ class StubEngine(EngineClient):
         for start, n_tokens, slot in blocks:
             self._write(start, n_tokens, slot)
 
+    async def embed(self, request: str) -> bytes:
+        raise AssertionError("the request path embeds nothing")
+
     async def release(self, request: str) -> None:
         """As the scheduler: what is being exported is answered first."""
         self.known.pop(request, None)

@@ -101,6 +101,8 @@ class LlamaCppEngine(Engine):
             has_chat_template=self._text.has_chat_template,
             tool_format=self._text.tools.form,
             grammars=True,
+            embedding_width=int(ll.llama_model_n_embd_out(self._model)),
+            pooling=native.pooling(metadata),
             notes=tuple(notes),
         )
 
@@ -151,6 +153,23 @@ class LlamaCppEngine(Engine):
     def _decode(self, rows: Sequence[Row]) -> int:
         batch, self._batch_index = self._batch.fill(rows)
         return int(ll.llama_decode(self._context, batch))
+
+    def embed(self, row: Row) -> NDArray[np.float32]:
+        threads = self._threads.batch
+        ll.llama_set_n_threads(self._context, threads, threads)
+        batch, _ = self._batch.fill([row], every_output=True)
+        ll.llama_set_embeddings(self._context, True)
+        try:
+            code = int(ll.llama_decode(self._context, batch))
+        finally:
+            ll.llama_set_embeddings(self._context, False)
+        if code:
+            self.drop(row.seq, row.start)
+            raise EngineError(f"llama.cpp could not compute an embedding (code {code})")
+        vectors = ll.llama_get_embeddings(self._context)
+        if not vectors:
+            raise EngineError("this model makes no embeddings")
+        return np.ctypeslib.as_array(vectors, shape=(len(row.tokens), self.info.embedding_width))
 
     def logits(self, row: int) -> memoryview:
         return self._logits(row).data
@@ -227,8 +246,8 @@ class _Batch:
             logits=_pointer(self._logits, ctypes.c_int8),
         )
 
-    def fill(self, rows: Sequence[Row]) -> tuple[Any, list[int]]:
-        """The batch, and the index of each row's last token in it."""
+    def fill(self, rows: Sequence[Row], *, every_output: bool = False) -> tuple[Any, list[int]]:
+        """The batch, and the index of each row's last token in it; with outputs of these tokens, or of every one."""
         at = 0
         last = []
         for row in rows:
@@ -237,8 +256,8 @@ class _Batch:
             self._token[at:stop] = np.frombuffer(row.tokens.data, "<u4")
             self._pos[at:stop] = np.arange(row.start, row.start + stop - at)
             self._seq[at:stop] = row.seq
-            self._logits[at:stop] = 0
-            self._logits[stop - 1] = row.want_logits
+            self._logits[at:stop] = every_output
+            self._logits[stop - 1] = every_output or row.want_logits
             last.append(stop - 1)
             at = stop
         self._batch.n_tokens = at

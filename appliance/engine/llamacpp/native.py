@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import llama_cpp as ll
 
-from appliance.engine.base import EngineConfig
+from appliance.engine.base import EngineConfig, Pooling
 from appliance.errors import EngineError, ModelError
 
 KV_TYPES = {
@@ -91,6 +91,7 @@ def new_context(model: Any, config: EngineConfig) -> Any:
     params.n_ubatch = min(config.batch_tokens, MAX_UBATCH_TOKENS)
     params.n_seq_max = config.max_sequences
     params.kv_unified = True
+    params.pooling_type = ll.LLAMA_POOLING_TYPE_NONE  # chunks are pooled by embeddings.py
     params.swa_full = True
     params.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.type_k = KV_TYPES[config.kv_type_k]
@@ -111,6 +112,12 @@ def metadata(model: Any) -> dict[str, str]:
         key = _string(partial(ll.llama_model_meta_key_by_index, model, i))
         found[key] = _string(partial(ll.llama_model_meta_val_str_by_index, model, i))
     return found
+
+
+def pooling(metadata: Mapping[str, str]) -> Pooling:
+    """How the model's authors pool; the mean if they do not say."""
+    said = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
+    return {"2": Pooling.FIRST, "3": Pooling.LAST}.get(said or "", Pooling.MEAN)
 
 
 def description(model: Any) -> str:
