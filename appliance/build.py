@@ -154,11 +154,11 @@ async def _start(
     progress(f"loading {model_path.stem}")
     info = await engine.start()
     progress("opening the store")
-    store = await _open_store(options, keyring, info, pool)
+    cost = await stack.enter_async_context(_learned(options.home, info))
+    store = await _open_store(options, keyring, info, pool, cost)
     stack.push_async_callback(store.close)
     if store.pool is not None:
         await engine.attach_pool(store.pool.slot_bytes, store.pool.slots)
-    cost = await stack.enter_async_context(_learned(options.home, info))
     limits = Limits(profile.server.max_running, profile.server.max_queue, profile.kv.store_completions)
     runtime = Runtime(engine, store, cost, limits)
     admin = ApplianceAdmin(runtime, keyring, place)
@@ -209,13 +209,24 @@ def _engine_config(profile: Profile, model_path: Path, sha256: bytes) -> EngineC
     )
 
 
-async def _open_store(options: ServeOptions, keyring: Keyring, info: EngineInfo, pool: DramPool | None) -> KVStore:
+async def _open_store(
+    options: ServeOptions, keyring: Keyring, info: EngineInfo, pool: DramPool | None, cost: CostModel
+) -> KVStore:
     profile = options.profile
     if pool is None:
         return NullStore(keyring, info.fingerprint, info.layout, "off: kv.enabled is false")
     if info.kv_mode is KVMode.NONE:
         return NullStore(keyring, info.fingerprint, info.layout, "off: this model's state cannot be cut into blocks")
-    return await open_store(options.home, keyring, info.fingerprint, info.layout, pool, profile.kv, profile.tiers.nvme)
+    return await open_store(
+        options.home,
+        keyring,
+        info.fingerprint,
+        info.layout,
+        pool,
+        profile.kv,
+        profile.tiers.nvme,
+        lambda position: cost.prefill_s(position, position + 1),
+    )
 
 
 async def _wind_down(runtime: Runtime, drain_s: float, flush_s: float) -> None:

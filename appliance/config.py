@@ -90,6 +90,8 @@ class KVSection(Section):
     enabled: bool = True
     """Off: nothing is kept below hbm."""
     block_tokens: int = Field(256, ge=16, le=4096)
+    eviction: Literal["cost", "lru"] = "cost"
+    """What goes first below hbm: what costs least to compute again, or what was not used for longest."""
     store_completions: bool = True
     """Also store what was generated, not only prompts."""
     write_behind: Size = 256 * 2**20

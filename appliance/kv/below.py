@@ -16,7 +16,7 @@ from appliance.errors import TierError, TierFull
 from appliance.kv.breaker import Breaker
 from appliance.kv.counts import TierCounts
 from appliance.kv.durable import Durable
-from appliance.kv.index import Changes, IndexEntry
+from appliance.kv.index import Changes, IndexEntry, LastUse
 from appliance.kv.loads import Loads
 from appliance.kv.record import record_bytes
 from appliance.kv.recovery import Recovered
@@ -90,9 +90,9 @@ class Below:
             self._count.failed(error)
             return None
 
-    def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
-        """A prefix that ends with the last of these blocks is used now."""
-        touched = self.policy.touch(blocks)
+    def touch(self, blocks: Sequence[BlockId], used_us: int, *, counts: bool) -> None:
+        """A prefix that ends with the last of these blocks is used now; `counts`: by one more request."""
+        touched = self.policy.touch(blocks, counts=counts)
         self._used.update(dict.fromkeys(touched, used_us))
         self._newest_us = max(self._newest_us, used_us if touched else 0)
 
@@ -118,7 +118,7 @@ class Below:
             if not blocks:
                 return
             for plain in blocks:  # to store a block is to use the prefix it ends
-                self.touch([plain.identity.parent], self._now_us())
+                self.touch([plain.identity.parent], self._now_us(), counts=False)
             lane = self.sealed.lane(blocks[0].identity.tenant)
             lengths = [record_bytes(self._layout, len(plain.identity.tokens)) for plain in blocks]
             superseded = self._superseded(blocks)
@@ -172,9 +172,10 @@ class Below:
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
         now_us = self._now_us()
         used, self._used = self._used, {}
+        stamps = self._stamps(used)
 
         def job(buffer: memoryview) -> int:
-            return self._durable.append(blocks, self._layout, now_us, buffer, superseded=superseded, used=used)
+            return self._durable.append(blocks, self._layout, now_us, buffer, superseded=superseded, used=stamps)
 
         try:
             gone_tokens = await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
@@ -185,10 +186,10 @@ class Below:
         self._leaving.difference_update(superseded, names)
         parents = {plain.identity.parent for plain in blocks}
         for plain in blocks:
-            self.policy.add(plain.identity.block, plain.identity.parent)
+            self.policy.add(plain.identity.block, plain.identity.parent, plain.identity.start)
         for block in names:
             if block not in parents:
-                self.policy.touch([block])
+                self.policy.touch([block], counts=False)
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
         self._newest_us = max(self._newest_us, now_us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
@@ -219,7 +220,7 @@ class Below:
         entries = self.index.get_many(blocks)
         for block, entry in entries.items():
             self._leaving.discard(block)
-            self.policy.add(block, entry.parent)
+            self.policy.add(block, entry.parent, entry.start)
 
     # --- the rest --------------------------------------------------------------------------------------------------
 
@@ -232,9 +233,9 @@ class Below:
 
     def usage(self, pending_blocks: int) -> TierUsage:
         medium = self.sealed.tier.usage()
-        oldest = next(self.policy.oldest_first(), None)
         now_us = self._now_us()
-        oldest_us = None if oldest is None else self._last_use_us(oldest)
+        heads = [used_us for block in self.policy.heads() if (used_us := self._last_use_us(block)) is not None]
+        oldest_us = min(heads, default=None)
         return TierUsage(
             tier=self._tier,
             capacity_bytes=self.sealed.tier.properties.capacity_bytes,
@@ -248,11 +249,15 @@ class Below:
             newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
         )
 
+    def _stamps(self, used: dict[BlockId, int]) -> dict[BlockId, LastUse]:
+        policy = self.policy
+        return {block: LastUse(us, *policy.standing(block)[:2]) for block, us in used.items() if block in policy}
+
     def _last_use_us(self, block: BlockId) -> int | None:
         if block in self._used:
             return self._used[block]
         entry = self.entries([block]).get(block)
-        return None if entry is None else entry.used_us
+        return None if entry is None else entry.used.us
 
     async def settle(self) -> None:
         """Until nothing that was spawned runs any more."""
@@ -262,7 +267,7 @@ class Below:
     async def close(self) -> None:
         """Write down when blocks were last used, and let go of index and medium. Nothing may be using them."""
         try:
-            await asyncio.to_thread(self.index.apply, Changes(used=self._used))
+            await asyncio.to_thread(self.index.apply, Changes(used=self._stamps(self._used)))
         except TierError as error:  # stamps only: the next start evicts in a poorer order
             self._count.failed(error)
         await asyncio.to_thread(self._durable.close)

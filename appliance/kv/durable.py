@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from appliance.kv.index import Changes, Index, IndexEntry
+from appliance.kv.index import Changes, Index, IndexEntry, LastUse
 from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.types import BlockId, BlockLayout, Tokens
 
@@ -26,7 +26,7 @@ class Durable:
         buffer: memoryview,
         *,
         superseded: Sequence[BlockId],
-        used: dict[BlockId, int],
+        used: dict[BlockId, LastUse],
     ) -> int:
         """Store blocks of one tenant, forget what they supersede or replace, and stamp what was used. Returns the tokens
         that went.
@@ -40,7 +40,7 @@ class Durable:
             identity = plain.identity
             n_tokens = len(identity.tokens)
             entry = IndexEntry(
-                extent, layout.payload_bytes(n_tokens), n_tokens, identity.start, identity.parent, now_us
+                extent, layout.payload_bytes(n_tokens), n_tokens, identity.start, identity.parent, LastUse(now_us)
             )
             added[identity.block] = (entry, identity.tokens)
             ends[extent.segment] = max(ends.get(extent.segment, 0), extent.end)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -27,10 +27,11 @@ from appliance.kv.tiers.base import Extent
 from appliance.security.seal import NONCE_BYTES, Xaes
 from appliance.types import BlockId, Tokens
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "index.lmdb"
 
-_BLOCK = Struct("<QQQQQII32s")
+_BLOCK = Struct("<QQQQII32sQId")
+_LAST_USE = Struct("<QId")
 _SEGMENT = Struct("<Q")
 _U64 = Struct(">Q")  # big-endian keys: LMDB's order is the order of segments
 _META = Struct("<I16s")
@@ -40,6 +41,15 @@ _MAC_BYTES = 16
 _ID_BYTES = 32
 
 
+class LastUse(NamedTuple):
+    """When it was, and what the eviction policy knew (policy.Standing)."""
+
+    us: int
+    """Microseconds since 1970."""
+    uses: int = 0
+    clock: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
     extent: Extent
@@ -47,8 +57,8 @@ class IndexEntry:
     n_tokens: int
     start: int
     parent: BlockId
-    used_us: int
-    """Microseconds since 1970 of the last use that was written down."""
+    used: LastUse
+    """The last one that was written down."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,8 @@ class Changes:
 
     added: Mapping[BlockId, tuple[IndexEntry, Tokens]] = field(default_factory=dict)
     removed: Sequence[BlockId] = ()
-    used: Mapping[BlockId, int] = field(default_factory=dict)
-    """New used_us of blocks that are still there."""
+    used: Mapping[BlockId, LastUse] = field(default_factory=dict)
+    """Of blocks that are still there."""
     ends: Mapping[int, int] = field(default_factory=dict)
     """Committed end of segments: what lies beyond is not in the index yet."""
     gone: Sequence[int] = ()
@@ -228,8 +238,8 @@ class Index:
                         dropped.append((parent, block))
                 for number in changes.gone:
                     txn.delete(_U64.pack(number), db=self._segments)
-                for block, used_us in changes.used.items():
-                    self._touch(txn, block, used_us)
+                for block, used in changes.used.items():
+                    self._touch(txn, block, used)
                 for block, (entry, tokens) in changes.added.items():
                     txn.put(block, self._sign(block, _pack(entry)), db=self._blocks)
                     key = entry.parent + block
@@ -249,12 +259,11 @@ class Index:
         self._reader.shutdown()
         self._env.close()
 
-    def _touch(self, txn: Any, block: BlockId, used_us: int) -> None:
+    def _touch(self, txn: Any, block: BlockId, used: LastUse) -> None:
         value = txn.get(block, db=self._blocks)
         if value is not None and self._genuine(block, value):
-            fields = list(_BLOCK.unpack_from(value))
-            fields[4] = used_us
-            txn.put(block, self._sign(block, _BLOCK.pack(*fields)), db=self._blocks)
+            changed = value[: _BLOCK.size - _LAST_USE.size] + _LAST_USE.pack(*used)
+            txn.put(block, self._sign(block, changed), db=self._blocks)
 
     @contextmanager
     def _cursor(self, db: Any) -> Iterator[Any]:
@@ -311,16 +320,16 @@ def _pack(entry: IndexEntry) -> bytes:
         extent.offset,
         extent.length,
         entry.start,
-        entry.used_us,
         entry.payload_bytes,
         entry.n_tokens,
         entry.parent,
+        *entry.used,
     )
 
 
 def _unpack(value: bytes) -> IndexEntry:
-    segment, offset, length, start, used_us, payload, n_tokens, parent = _BLOCK.unpack_from(value)
-    return IndexEntry(Extent(segment, offset, length), payload, n_tokens, start, BlockId(parent), used_us)
+    segment, offset, length, start, payload, n_tokens, parent, *used = _BLOCK.unpack_from(value)
+    return IndexEntry(Extent(segment, offset, length), payload, n_tokens, start, BlockId(parent), LastUse(*used))
 
 
 def _failed(error: lmdb.Error) -> TierError:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from appliance.config import KVSection, NvmeSection
 from appliance.errors import ConfigError, StateError, TierError
+from appliance.kv.costs import CostAware, TokenSeconds
+from appliance.kv.policy import EvictionPolicy, LeafFirstLru
 from appliance.kv.record import MAX_FRAMES, MAX_RECORD_BYTES, record_bytes
 from appliance.kv.recovery import Recovered, recover
 from appliance.kv.store import TieredStore
@@ -24,7 +26,7 @@ from appliance.kv.tiers.sealed import SealedTier, superblock_maker
 from appliance.kv.transfer import TransferPool
 from appliance.security.files import write_private
 from appliance.security.keyring import Keyring
-from appliance.types import BlockLayout, Fingerprint
+from appliance.types import BlockId, BlockLayout, Fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +41,25 @@ def store_folder(home: Path, nvme: NvmeSection) -> Path:
 
 
 def open_below(
-    home: Path, keyring: Keyring, nvme: NvmeSection, clock: Callable[[], float] = time.time
+    home: Path,
+    keyring: Keyring,
+    nvme: NvmeSection,
+    clock: Callable[[], float] = time.time,
+    policy: EvictionPolicy[BlockId] | None = None,
 ) -> tuple[SealedTier, Recovered]:
-    """The medium below DRAM and its index, made to agree. TierError if it cannot be used at all. Blocking."""
+    """The medium below DRAM and its index, made to agree. TierError if it cannot be used at all. Blocking.
+
+    `policy`: an empty one, least recently used if there is none.
+    """
     sealed = SealedTier(_medium(NvmeTier, home, keyring, nvme), keyring, clock)
     index = store_folder(home, nvme) / _INDEX_FOLDER
-    return sealed, recover(sealed, keyring, index, index)
+    return sealed, recover(sealed, keyring, index, index, policy or LeafFirstLru())
 
 
 def look_below(home: Path, keyring: Keyring, nvme: NvmeSection, scratch: Path) -> tuple[SealedTier, Recovered]:
     """The same without changing anything: the index is a copy in folder `scratch`, and segments stay as they are."""
     sealed = SealedTier(_medium(ReadOnlyNvme, home, keyring, nvme), keyring)
-    return sealed, recover(sealed, keyring, store_folder(home, nvme) / _INDEX_FOLDER, scratch)
+    return sealed, recover(sealed, keyring, store_folder(home, nvme) / _INDEX_FOLDER, scratch, LeafFirstLru())
 
 
 def _medium(kind: type[NvmeTier], home: Path, keyring: Keyring, nvme: NvmeSection) -> NvmeTier:
@@ -91,6 +100,10 @@ def _check_size(layout: BlockLayout) -> None:
         )
 
 
+def _policy(kv: KVSection, token_s: TokenSeconds) -> EvictionPolicy[BlockId]:
+    return LeafFirstLru() if kv.eviction == "lru" else CostAware(token_s)
+
+
 async def open_store(
     home: Path,
     keyring: Keyring,
@@ -99,9 +112,10 @@ async def open_store(
     pool: DramPool,
     kv: KVSection,
     nvme: NvmeSection,
+    token_s: TokenSeconds,
     clock: Callable[[], float] = time.time,
 ) -> TieredStore:
-    """The store of one model. ConfigError if its blocks are too large for pool or record, or its folder has no place."""
+    """The store of one model; `token_s` is what eviction weighs blocks by. ConfigError if its blocks are too large for pool or record, or its folder has no place."""
     _check_size(layout)
     if not store_folder(home, nvme).parent.is_dir():
         parent = store_folder(home, nvme).parent
@@ -112,7 +126,7 @@ async def open_store(
     notes: list[str] = []
     if nvme.enabled:
         try:
-            sealed, recovered = await asyncio.to_thread(open_below, home, keyring, nvme, clock)
+            sealed, recovered = await asyncio.to_thread(open_below, home, keyring, nvme, clock, _policy(kv, token_s))
         except TierError as error:
             notes.append(f"nothing is stored below DRAM: {error}")
             log.error("%s", notes[-1])
@@ -128,6 +142,7 @@ async def open_store(
         transfers=TransferPool(kv.transfer_threads, buffer_bytes),
         sealed=sealed,
         recovered=recovered,
+        policy=_policy(kv, token_s),
         write_behind_bytes=kv.write_behind,
         read_bytes=buffer_bytes,
         clock=clock,

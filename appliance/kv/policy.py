@@ -1,6 +1,7 @@
 """Which blocks a tier forgets first. A pure object: no clock, no I/O; its owner serialises calls.
 
 Invariant: `evict` never names a protected block and never names fewer than asked unless it says there are not enough.
+After a touch no block of the touched prefix goes before a deeper one.
 """
 
 from __future__ import annotations
@@ -8,23 +9,45 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Container, Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Generic, NamedTuple, TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
 """Of a block: an id in the store, a number in a simulation. The parent of a path's first block is any name but theirs."""
 
 
+class Standing(NamedTuple):
+    """What a policy knows of a block beside the order of last use, so that it survives a restart."""
+
+    uses: int = 0
+    """Requests that found it."""
+    clock: float = 0.0
+    """Of the policy, at the last use: it grows with what was evicted."""
+    floor: int = 0
+    """How dear it is at least, as what lies below it; on the policy's own scale."""
+
+
+NEW = Standing()
+
+
 class EvictionPolicy(ABC, Generic[Name]):
     @abstractmethod
-    def add(self, block: Name, parent: Name) -> None:
-        """A block the tier now holds; newer than all others. `parent` may be a block the tier does not hold."""
+    def add(self, block: Name, parent: Name, start: int, standing: Standing = NEW) -> None:
+        """A block the tier now holds, newer than all others; `start` is the position of its first token.
+
+        `parent` may be a block the tier does not hold. `standing`: of an earlier life.
+        """
 
     @abstractmethod
-    def touch(self, blocks: Sequence[Name]) -> list[Name]:
+    def touch(self, blocks: Sequence[Name], *, counts: bool = True) -> list[Name]:
         """The prefix that ends with the last of these the tier holds was used: of its blocks the first becomes the newest.
 
-        Returns all that were used, those before `blocks` included.
+        Returns all that were used, those before `blocks` included. `counts`: by one more request.
         """
+
+    def standing(self, block: Name) -> Standing:
+        """Of a block the tier holds."""
+        return NEW
 
     @abstractmethod
     def remove(self, block: Name) -> None:
@@ -32,11 +55,18 @@ class EvictionPolicy(ABC, Generic[Name]):
 
     @abstractmethod
     def evict(self, n: int, protected: Container[Name] = ()) -> list[Name]:
-        """The n blocks to forget first, none of them protected; empty if there are not n. Changes nothing."""
+        """The n blocks to forget first, none of them protected; empty if there are not n.
+
+        They stay until they are removed; a policy that ages does so by what it names here.
+        """
 
     @abstractmethod
     def oldest_first(self) -> Iterator[Name]:
         """All blocks in the order of eviction."""
+
+    @abstractmethod
+    def heads(self) -> Iterator[Name]:
+        """A few blocks, among them the least recently used."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -54,11 +84,11 @@ class LeafFirstLru(EvictionPolicy[Name]):
     def __init__(self) -> None:
         self._parents: OrderedDict[Name, Name] = OrderedDict()  # oldest first
 
-    def add(self, block: Name, parent: Name) -> None:
+    def add(self, block: Name, parent: Name, start: int, standing: Standing = NEW) -> None:
         self._parents[block] = parent
         self._parents.move_to_end(block)
 
-    def touch(self, blocks: Sequence[Name]) -> list[Name]:
+    def touch(self, blocks: Sequence[Name], *, counts: bool = True) -> list[Name]:
         block = next((block for block in reversed(blocks) if block in self._parents), None)
         touched: list[Name] = []
         while block is not None and (parent := self._parents.get(block)) is not None:
@@ -81,6 +111,9 @@ class LeafFirstLru(EvictionPolicy[Name]):
 
     def oldest_first(self) -> Iterator[Name]:
         return iter(self._parents)
+
+    def heads(self) -> Iterator[Name]:
+        return islice(self._parents, 1)
 
     def __len__(self) -> int:
         return len(self._parents)

@@ -16,8 +16,8 @@ from struct import Struct
 
 from appliance.errors import IntegrityError, TierError
 from appliance.kv.check import remove, renew
-from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry
-from appliance.kv.policy import LeafFirstLru
+from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry, LastUse
+from appliance.kv.policy import EvictionPolicy, Standing
 from appliance.kv.runs import Runs
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, SegmentInfo
 from appliance.kv.tiers.files import tier_error
@@ -27,8 +27,8 @@ from appliance.types import BlockId, Tokens
 
 log = logging.getLogger(__name__)
 
-_AGE = Struct(">QQ32s32s")
-"""Last use, depth, block, parent: in the order of these bytes blocks are evicted."""
+_AGE = Struct(">QQ32s32sId")
+"""Last use, depth, block, parent, standing: in the order of these bytes blocks are added to the policy."""
 _DEEPEST = 2**64 - 1
 _BATCH = 4096
 """Blocks of one index transaction of a rebuild."""
@@ -69,15 +69,18 @@ class Recovered:
     """An index and its segments that agree."""
 
     index: Index
-    policy: LeafFirstLru[BlockId]
+    policy: EvictionPolicy[BlockId]
     """Everything that is stored, in the order of eviction."""
     tokens: int
     newest_us: int
     mended: Mended
 
 
-def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path) -> Recovered:
+def recover(
+    sealed: SealedTier, keyring: Keyring, source: Path, target: Path, policy: EvictionPolicy[BlockId]
+) -> Recovered:
     """Start with the index in folder `source` and keep the outcome in folder `target`, which is the same one to serve from.
+    `policy` is an empty one, which is filled.
 
     TierError if the medium, or a folder, cannot be used at all.
     """
@@ -110,7 +113,7 @@ def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path) ->
             log.info("%d records were written but not indexed when the appliance ended; they are now", found)
         for number in segments:
             sealed.tier.settle(number, census.extents(number))
-        policy = census.policy()
+        census.fill(policy)
         evicted = _fit(sealed, index, policy)
     except BaseException:
         index.close()
@@ -121,7 +124,7 @@ def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path) ->
 
 
 class _Census:
-    """What is stored, packed: its parts are let go as policy() and extents() give them out."""
+    """What is stored, packed: its parts are let go as fill() and extents() give them out."""
 
     def __init__(self) -> None:
         self.blocks = self.tokens = self.newest_us = 0
@@ -131,8 +134,9 @@ class _Census:
     def add(self, block: BlockId, entry: IndexEntry) -> None:
         self.blocks += 1
         self.tokens += entry.n_tokens
-        self.newest_us = max(self.newest_us, entry.used_us)
-        self._ages.add(_AGE.pack(entry.used_us, _DEEPEST - entry.start, block, entry.parent))
+        self.newest_us = max(self.newest_us, entry.used.us)
+        used_us, *standing = entry.used
+        self._ages.add(_AGE.pack(used_us, _DEEPEST - entry.start, block, entry.parent, *standing))
         extent = entry.extent
         self._places.setdefault(extent.segment, array("Q")).extend((extent.offset, extent.length))
 
@@ -140,14 +144,15 @@ class _Census:
         places = iter(self._places.pop(segment, ()))
         return [Extent(segment, offset, length) for offset, length in zip(places, places, strict=True)]
 
-    def policy(self) -> LeafFirstLru[BlockId]:
+    def fill(self, policy: EvictionPolicy[BlockId]) -> None:
         """One use stamps a whole prefix, so of equal stamps the deeper goes first. A parent and its name are one object."""
-        policy: LeafFirstLru[BlockId] = LeafFirstLru()
-        parents: dict[bytes, BlockId] = {}
+        parents: dict[bytes, tuple[BlockId, int]] = {}
         for packed in self._ages.drain():
-            _, _, block, parent = _AGE.unpack(packed)
-            policy.add(parents.pop(block, block), parents.setdefault(parent, parent))
-        return policy
+            _, height, block, parent, uses, clock = _AGE.unpack(packed)
+            block, floor = parents.pop(block, (block, 0))
+            parent, below = parents.get(parent, (parent, 0))
+            policy.add(block, parent, _DEEPEST - height, Standing(uses, clock, floor))
+            parents[parent] = (parent, max(below, policy.standing(block).floor))
 
 
 @dataclass
@@ -166,7 +171,7 @@ class _Pending:
         """Records of a segment come in order, so its committed end grows."""
         identity, extent = record.meta.identity, record.extent
         payload_bytes, n_tokens = sum(record.meta.frame_bytes), len(identity.tokens)
-        entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, record.seq)
+        entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, LastUse(record.seq))
         self.added[identity.block] = (entry, identity.tokens)
         self.ends[extent.segment] = extent.end
         return entry
@@ -234,7 +239,7 @@ def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
     return True
 
 
-def _fit(sealed: SealedTier, index: Index, policy: LeafFirstLru[BlockId]) -> list[IndexEntry]:
+def _fit(sealed: SealedTier, index: Index, policy: EvictionPolicy[BlockId]) -> list[IndexEntry]:
     """Evict until the tier is within a capacity that may be smaller than before."""
     evicted: list[IndexEntry] = []
     while excess := sealed.tier.shortfall(b"", ()):

@@ -157,7 +157,7 @@ class Stage:
                 else:
                     self._dram.drop(entry)
             if opened:
-                self._dram.policy.touch([run.entries[opened - 1].block])
+                self._dram.policy.touch([run.entries[opened - 1].block], counts=False)
         return loaded
 
     async def _arrived(self, run: _Run) -> tuple[Staged | None, bool]:

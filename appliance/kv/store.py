@@ -19,7 +19,7 @@ from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, 
 from appliance.kv.below import Below
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
-from appliance.kv.policy import LeafFirstLru
+from appliance.kv.policy import EvictionPolicy
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
 from appliance.kv.siblings import longest_common
@@ -54,12 +54,14 @@ class TieredStore(KVStore):
         transfers: TransferPool,
         sealed: SealedTier | None,
         recovered: Recovered | None,
+        policy: EvictionPolicy[BlockId],
         write_behind_bytes: int,
         read_bytes: int,
         clock: Callable[[], float],
         notes: Sequence[str] = (),
     ) -> None:
-        """`sealed` and `recovered` go together; without them blocks live in DRAM only and `notes` say why."""
+        """`policy` is for DRAM. `sealed` and `recovered` go together; without them blocks live in DRAM only and `notes`
+        say why."""
         self.pool: PoolShape = shape
         self._fingerprint = fingerprint
         self._layout = layout
@@ -72,7 +74,7 @@ class TieredStore(KVStore):
         self._patience = Patience()
         self._reserve_turn = asyncio.Lock()
         self._closing = False
-        self._dram = DramTable(pool, self.pool, LeafFirstLru())
+        self._dram = DramTable(pool, self.pool, policy)
         self._below: Below | None = None
         self._writer: WriteBehind | None = None
         if sealed is not None and recovered is not None:
@@ -96,15 +98,18 @@ class TieredStore(KVStore):
     # --- staging ---------------------------------------------------------------------------------------------------
 
     def touch(self, hits: Sequence[Hit]) -> None:
+        self._touch(hits, counts=True)
+
+    def _touch(self, hits: Sequence[Hit], *, counts: bool) -> None:
         blocks, now_us = [hit.block for hit in hits], self._now_us()
-        self._dram.touch(blocks, now_us)
+        self._dram.touch(blocks, now_us, counts=counts)
         if self._below is not None:
-            self._below.touch(blocks, now_us)
+            self._below.touch(blocks, now_us, counts=counts)
 
     async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
         if not hits:
             return
-        self.touch(hits)
+        self._touch(hits, counts=False)  # who asked for it said so
         staging = Stage(
             self._dram,
             self._below,
@@ -173,7 +178,7 @@ class TieredStore(KVStore):
                 self._dram.set_state(entry, SlotState.DIRTY)
                 self._writer.put(entry)
             self._drop_superseded(entry)
-        self._dram.touch([reservation.new.block for reservation in reservations], self._now_us())
+        self._dram.touch([reservation.new.block for reservation in reservations], self._now_us(), counts=False)
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
         for entry in self._ended(reservations):

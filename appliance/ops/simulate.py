@@ -18,9 +18,13 @@ from pydantic import ValidationError
 
 from appliance.api.trace import Replayed, TraceEvent, TraceHeader
 from appliance.errors import UsageError
+from appliance.kv.costs import CostAware
 from appliance.kv.policy import EvictionPolicy, LeafFirstLru
 
-POLICIES: dict[str, Callable[[TraceHeader], EvictionPolicy[int]]] = {"lru": lambda header: LeafFirstLru()}
+POLICIES: dict[str, Callable[[TraceHeader], EvictionPolicy[int]]] = {
+    "cost": lambda header: CostAware(lambda position: header.prefill_token_s + header.prefill_depth_s * position),
+    "lru": lambda header: LeafFirstLru(),
+}
 
 ROOT = -1
 """Parent of a path's first block."""
@@ -60,8 +64,8 @@ class Simulation:
 
     def __init__(self, header: TraceHeader, policy: str, *, dram_bytes: int, nvme_bytes: int) -> None:
         self._header = header
-        self._dram = _Tier(POLICIES[policy](header), dram_bytes // header.block_bytes)
-        self._nvme = _Tier(POLICIES[policy](header), nvme_bytes // header.block_bytes)
+        self._dram = _Tier(POLICIES[policy](header), dram_bytes // header.block_bytes, header.block_tokens)
+        self._nvme = _Tier(POLICIES[policy](header), nvme_bytes // header.block_bytes, header.block_tokens)
         self._result = Replayed(policy=policy, dram_bytes=dram_bytes, nvme_bytes=nvme_bytes)
         self._seen = 0
         """Blocks with lower numbers appeared before."""
@@ -109,10 +113,11 @@ class Simulation:
 
 
 class _Tier:
-    def __init__(self, policy: EvictionPolicy[int], capacity_blocks: int) -> None:
+    def __init__(self, policy: EvictionPolicy[int], capacity_blocks: int, block_tokens: int) -> None:
         self.policy = policy
         self.evicted = 0
         self._capacity_blocks = capacity_blocks
+        self._block_tokens = block_tokens
 
     def hold(self, ids: Sequence[int], found: int) -> None:
         """The whole path is used now; what of it the tier has not is put into it, as far as there is room for a path."""
@@ -126,5 +131,5 @@ class _Tier:
                 policy.remove(victim)
             self.evicted += len(victims)
         for n in new:
-            policy.add(ids[n], ids[n - 1] if n else ROOT)
+            policy.add(ids[n], ids[n - 1] if n else ROOT, n * self._block_tokens)
         policy.touch(ids)

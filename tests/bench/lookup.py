@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.kv.base import NewBlock
-from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry
+from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry, LastUse
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.recovery import NOTHING_MENDED, Recovered
 from appliance.kv.store import TieredStore
@@ -81,6 +81,7 @@ def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru[Block
         transfers=TransferPool(1, RECORD_BYTES),
         sealed=SealedTier(tier, ring, time.time),
         recovered=Recovered(index, policy, tokens=0, newest_us=0, mended=NOTHING_MENDED),
+        policy=LeafFirstLru(),
         write_behind_bytes=2**30,
         read_bytes=2**23,
         clock=time.time,
@@ -98,8 +99,8 @@ def _fill(index: Index, prompt: Sequence[NewBlock]) -> LeafFirstLru[BlockId]:
         if new is None:
             new = NewBlock(BlockId(os.urandom(32)), BlockId(os.urandom(32)), 0, Tokens(os.urandom(1024)))
         extent = Extent(n // 80, 4096 + n % 80 * RECORD_BYTES, RECORD_BYTES)
-        entry = IndexEntry(extent, 3 * 2**20, len(new.tokens), new.start, new.parent, n)
-        policy.add(new.block, new.parent)
+        entry = IndexEntry(extent, 3 * 2**20, len(new.tokens), new.start, new.parent, LastUse(n))
+        policy.add(new.block, new.parent, new.start)
         batch[new.block] = (entry, new.tokens)
         if len(batch) == _BATCH:
             index.apply(Changes(added=batch))

@@ -118,7 +118,7 @@ def test_an_index_of_another_format_version_is_rebuilt(tmp_path: Path, monkeypat
         served.stop()
         path = tmp_path / "store" / "index" / index.FILE_NAME
         path.unlink()
-        monkeypatch.setattr(index, "FORMAT_VERSION", 2)
+        monkeypatch.setattr(index, "FORMAT_VERSION", index.FORMAT_VERSION + 1)
         keyring = Keyring.open(tmp_path, tmp_path / "unlock.key")
         index.Index(
             path, index_key=keyring.index_key, store_uuid=keyring.store_uuid, map_bytes=2**20, create=True

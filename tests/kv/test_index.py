@@ -11,7 +11,7 @@ import pytest
 from appliance.errors import TierIO
 from appliance.kv import index as index_module
 from appliance.kv import siblings as siblings_module
-from appliance.kv.index import Changes, Index, IndexEntry
+from appliance.kv.index import Changes, Index, IndexEntry, LastUse
 from appliance.kv.siblings import SiblingCache
 from appliance.kv.tiers.base import Extent
 from appliance.types import BlockId, Tokens
@@ -26,7 +26,7 @@ def _block(n: int) -> BlockId:
 
 
 def _changes(numbers: range, parent: BlockId = PARENT) -> Changes:
-    entry = IndexEntry(Extent(1, 4096, 4096), 10, 1, 0, parent, 0)
+    entry = IndexEntry(Extent(1, 4096, 4096), 10, 1, 0, parent, LastUse(0))
     return Changes(added={_block(n): (entry, Tokens.of([n])) for n in numbers})
 
 

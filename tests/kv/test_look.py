@@ -16,7 +16,7 @@ from appliance.kv.opening import open_below, open_store
 from appliance.kv.tiers.base import ALIGN_BYTES
 from appliance.kv.tiers.dram import DramPool
 from appliance.ops.verify import verify
-from tests.support.kv import FINGERPRINT, LAYOUT, fill, keyring, opened
+from tests.support.kv import FINGERPRINT, LAYOUT, fill, keyring, opened, token_s
 from tests.support.stored import BLOCKS, PROMPTS, SMALL, closed, index_file, segments, stored, tree
 
 
@@ -131,7 +131,7 @@ async def test_verify_finds_the_store_that_was_served(tmp_path: Path, repair: bo
 async def _fill(home: Path, nvme: NvmeSection) -> None:
     pool = DramPool(8 * LAYOUT.slot_bytes, lock=False)
     kv = Profile().kv.model_copy(update={"read_size": 2**16, "transfer_threads": 2})
-    store = await open_store(home, keyring(home), FINGERPRINT, LAYOUT, pool, kv, nvme)
+    store = await open_store(home, keyring(home), FINGERPRINT, LAYOUT, pool, kv, nvme, token_s)
     for tokens in PROMPTS:
         await fill(store, tokens)
         await store.flush(5)

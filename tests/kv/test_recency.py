@@ -29,7 +29,7 @@ def test_a_touched_prefix_is_newest_and_its_leaf_goes_first() -> None:
     a, b, c, other = (BlockId(bytes([n]) * 32) for n in range(1, 5))
     policy = LeafFirstLru()
     for block, parent in ((a, bytes(32)), (b, a), (c, b), (other, bytes(32))):
-        policy.add(block, parent)
+        policy.add(block, parent, 0)
     unknown = BlockId(b"?" * 32)
     assert policy.touch([a, b, unknown]) == [b, a], "up to the last one that is known"
     assert list(policy.oldest_first()) == [c, other, b, a]

@@ -19,6 +19,7 @@ from appliance.errors import ConfigError, TierError
 from appliance.kv import check, recovery, runs
 from appliance.kv.index import Changes, Index, IndexEntry
 from appliance.kv.opening import open_below, open_store
+from appliance.kv.policy import LeafFirstLru
 from appliance.kv.recovery import Mended
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent
 from appliance.kv.tiers.dram import DramPool
@@ -26,7 +27,7 @@ from appliance.kv.tiers.nvme import NvmeTier
 from appliance.kv.tiers.sealed import SealedTier, superblock_maker
 from appliance.types import BlockId, BlockLayout
 from tests.support.faulty import FaultyTier
-from tests.support.kv import FINGERPRINT, LAYOUT, NS, fill, keyring, opened, restored
+from tests.support.kv import FINGERPRINT, LAYOUT, NS, fill, keyring, opened, restored, token_s
 from tests.support.stored import BLOCKS, PROMPTS, SMALL, closed, index_file, segments, stored, tree
 
 
@@ -130,7 +131,7 @@ async def test_one_unreadable_page_costs_a_rebuild_one_block(tmp_path: Path) -> 
         tmp_path / "store", capacity_bytes=2**20, segment_bytes=2**20, superblock=superblock_maker(ring), direct=False
     )
     folder = index_file(tmp_path).parent
-    recovered = recovery.recover(SealedTier(OnePage(tier), ring), ring, folder, folder)
+    recovered = recovery.recover(SealedTier(OnePage(tier), ring), ring, folder, folder, LeafFirstLru())
     recovered.index.close()
     assert recovered.mended == Mended(found=BLOCKS - 1, unread=1)
     assert "1 pages cannot be read; the blocks in them are lost" in recovered.mended.notes
@@ -142,7 +143,7 @@ async def test_a_block_that_no_record_holds_is_said_before_anything_is_opened(tm
     many = BlockLayout(16, token_bytes=(1,) * 1025, fixed_bytes=(0,) * 1025)
     for layout in (huge, many):
         with pytest.raises(ConfigError, match=r"^kv\.block_tokens.*a record holds"):
-            await open_store(tmp_path, keyring(tmp_path), FINGERPRINT, layout, pool, Profile().kv, SMALL)
+            await open_store(tmp_path, keyring(tmp_path), FINGERPRINT, layout, pool, Profile().kv, SMALL, token_s)
     assert not (tmp_path / "store").exists()
     pool.close()
 
@@ -241,6 +242,6 @@ async def test_a_folder_whose_place_does_not_exist_is_refused(tmp_path: Path) ->
     nvme = NvmeSection(path=str(tmp_path / "not-mounted" / "kv"))
     with pytest.raises(ConfigError, match="not-mounted does not exist"):
         await open_store(
-            tmp_path, keyring(tmp_path), FINGERPRINT, LAYOUT, DramPool(2**20, lock=False), KVSection(), nvme
+            tmp_path, keyring(tmp_path), FINGERPRINT, LAYOUT, DramPool(2**20, lock=False), KVSection(), nvme, token_s
         )
     assert not (tmp_path / "not-mounted").exists()

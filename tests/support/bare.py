@@ -74,6 +74,7 @@ class BareEngine:
             self._pool,
             KVSection(block_tokens=BLOCK),
             NvmeSection(capacity=64 * 2**20),
+            lambda position: 1e-3,
         )
         runtime = Runtime(self.engine, store, CostModel.calibrated(1e3, 1e-3), Limits(4, 4, store_completions=True))
         try:

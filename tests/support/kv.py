@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 from appliance.config import KVSection, NvmeSection
 from appliance.kv.base import Hit, KVStore, NewBlock
@@ -34,6 +35,11 @@ def keyring(home: Path, *tenants: str) -> Keyring:
     return ring
 
 
+def token_s(position: int) -> float:
+    """Deeper tokens take longer to compute."""
+    return 1e-3 + 1e-6 * position
+
+
 def payload(tokens: Tokens, start: int) -> bytes:
     """What the engine would export for this block: determined by tokens and place."""
     n = LAYOUT.payload_bytes(len(tokens))
@@ -54,6 +60,7 @@ async def opened(
     write_behind: int = 2**20,
     read_size: int = 2**16,
     nvme: bool = True,
+    eviction: Literal["cost", "lru"] = "cost",
     ring: Keyring | None = None,
     fingerprint: Fingerprint = FINGERPRINT,
 ) -> AsyncIterator[TieredStore]:
@@ -64,8 +71,9 @@ async def opened(
         fingerprint,
         LAYOUT,
         pool,
-        KVSection(write_behind=write_behind, read_size=read_size, transfer_threads=2),
+        KVSection(write_behind=write_behind, read_size=read_size, transfer_threads=2, eviction=eviction),
         NvmeSection(enabled=nvme, capacity=capacity, segment=segment),
+        token_s,
     )
     try:
         yield store

@@ -177,9 +177,9 @@ class DramTable:
         self._waiters.append(waiter)
         return waiter
 
-    def touch(self, blocks: Sequence[BlockId], used_us: int) -> None:
-        """A prefix that ends with the last of these blocks is used now."""
-        for block in self.policy.touch(blocks):
+    def touch(self, blocks: Sequence[BlockId], used_us: int, *, counts: bool = True) -> None:
+        """A prefix that ends with the last of these blocks is used now; `counts`: by one more request."""
+        for block in self.policy.touch(blocks, counts=counts):
             self._entries[block].used_us = used_us
 
     def put(
@@ -207,7 +207,7 @@ class DramTable:
         self._entries[block] = entry
         self._children.setdefault(parent, {})[block] = entry
         self._held.add(block)
-        self.policy.add(block, parent)
+        self.policy.add(block, parent, start)
         return entry
 
     def set_state(self, entry: Entry, state: SlotState) -> None:
