@@ -170,12 +170,12 @@ class Below:
         return [block for block in found if block in self.policy and not self.loads.reading[block]]
 
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
-        now_us = self._now_us()
+        now = LastUse(self._now_us(), clock=self.policy.clock)
         used, self._used = self._used, {}
         stamps = self._stamps(used)
 
         def job(buffer: memoryview) -> int:
-            return self._durable.append(blocks, self._layout, now_us, buffer, superseded=superseded, used=stamps)
+            return self._durable.append(blocks, self._layout, now, buffer, superseded=superseded, used=stamps)
 
         try:
             gone_tokens = await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
@@ -191,7 +191,7 @@ class Below:
             if block not in parents:
                 self.policy.touch([block], counts=False)
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
-        self._newest_us = max(self._newest_us, now_us)
+        self._newest_us = max(self._newest_us, now.us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
         self._count.add("store_bytes_total", nbytes)
 

@@ -82,6 +82,10 @@ class CostAware(EvictionPolicy[Name]):
             block = held.parent  # type: ignore[assignment]
         return touched
 
+    @property
+    def clock(self) -> float:
+        return self._clock
+
     def standing(self, block: Name) -> Standing:
         held = self._blocks[block]
         return Standing(held.uses, held.clock, held.queue)

@@ -22,7 +22,7 @@ class Durable:
         self,
         blocks: Sequence[Plain],
         layout: BlockLayout,
-        now_us: int,
+        now: LastUse,
         buffer: memoryview,
         *,
         superseded: Sequence[BlockId],
@@ -39,9 +39,7 @@ class Durable:
         for plain, extent in zip(blocks, extents, strict=True):
             identity = plain.identity
             n_tokens = len(identity.tokens)
-            entry = IndexEntry(
-                extent, layout.payload_bytes(n_tokens), n_tokens, identity.start, identity.parent, LastUse(now_us)
-            )
+            entry = IndexEntry(extent, layout.payload_bytes(n_tokens), n_tokens, identity.start, identity.parent, now)
             added[identity.block] = (entry, identity.tokens)
             ends[extent.segment] = max(ends.get(extent.segment, 0), extent.end)
         try:

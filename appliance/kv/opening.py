@@ -53,7 +53,7 @@ def open_below(
     """
     sealed = SealedTier(_medium(NvmeTier, home, keyring, nvme), keyring, clock)
     index = store_folder(home, nvme) / _INDEX_FOLDER
-    return sealed, recover(sealed, keyring, index, index, policy or LeafFirstLru())
+    return sealed, recover(sealed, keyring, index, index, LeafFirstLru() if policy is None else policy)
 
 
 def look_below(home: Path, keyring: Keyring, nvme: NvmeSection, scratch: Path) -> tuple[SealedTier, Recovered]:

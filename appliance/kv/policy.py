@@ -45,6 +45,11 @@ class EvictionPolicy(ABC, Generic[Name]):
         Returns all that were used, those before `blocks` included. `counts`: by one more request.
         """
 
+    @property
+    def clock(self) -> float:
+        """Of a block that is used now."""
+        return NEW.clock
+
     def standing(self, block: Name) -> Standing:
         """Of a block the tier holds."""
         return NEW

@@ -222,20 +222,7 @@ class TieredStore(KVStore):
         return nearest is not None and nearest[0] == len(entry.tokens)
 
     def usage(self) -> list[TierUsage]:
-        entries = list(self._dram.entries())
-        used = [entry.used_us for entry in entries]
-        now_us = self._now_us()
-        dram = TierUsage(
-            tier=Tier.DRAM,
-            capacity_bytes=self.pool.slots * self.pool.slot_bytes,
-            used_bytes=len(entries) * self.pool.slot_bytes,
-            blocks=len(entries),
-            tokens=sum(len(entry.tokens) for entry in entries),
-            pending_blocks=sum(not entry.state.readable for entry in entries),
-            notes=self._memory.notes,
-            oldest_s=max(0, now_us - min(used)) / 1e6 if used else None,
-            newest_s=max(0, now_us - max(used)) / 1e6 if used else None,
-        )
+        dram = self._dram.usage(self._now_us())
         if self._below is None or self._writer is None:
             return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off", notes=self._notes)]
         nvme = self._below.usage(self._writer.pending_blocks)

@@ -39,17 +39,17 @@ def test_a_touched_prefix_is_newest_and_its_leaf_goes_first() -> None:
 
 
 async def test_the_next_turn_is_a_use_of_what_it_continues(tmp_path: Path) -> None:
-    async with opened(tmp_path, slots=32, segment=2**20) as store:
+    async with opened(tmp_path, slots=32, segment=2**20, eviction="lru") as store:
         for tokens in (SHARED[:32], OTHER, SHARED):
             await fill(store, tokens)
             await store.flush(5)
-    async with opened(tmp_path, capacity=room_for(4), segment=2**20) as store:
+    async with opened(tmp_path, capacity=room_for(4), segment=2**20, eviction="lru") as store:
         assert store.lookup(NS, SHARED).tokens == 64
         assert store.lookup(NS, OTHER).tokens == 0
 
 
 async def test_what_a_new_block_continues_does_not_make_room_for_it(tmp_path: Path) -> None:
-    async with opened(tmp_path, slots=32, capacity=room_for(4), segment=2**20) as store:
+    async with opened(tmp_path, slots=32, capacity=room_for(4), segment=2**20, eviction="lru") as store:
         for tokens in (SHARED[:32], OTHER, SHARED):
             await fill(store, tokens)
             await store.flush(5)
@@ -59,7 +59,7 @@ async def test_what_a_new_block_continues_does_not_make_room_for_it(tmp_path: Pa
 
 @pytest.mark.parametrize("restart", [False, True])
 async def test_a_prefix_that_hbm_serves_is_used(tmp_path: Path, restart: bool) -> None:
-    async with opened(tmp_path, slots=32, capacity=room_for(6), segment=2**20) as store:
+    async with opened(tmp_path, slots=32, capacity=room_for(6), segment=2**20, eviction="lru") as store:
         await fill(store, SHARED)
         for n in range(3, 6):
             store.touch(store.lookup(NS, SHARED).hits)
@@ -67,7 +67,7 @@ async def test_a_prefix_that_hbm_serves_is_used(tmp_path: Path, restart: bool) -
             await store.flush(5)
         store.evict_dram()
         assert restart or store.lookup(NS, SHARED).tokens == 64
-    async with opened(tmp_path, capacity=room_for(4), segment=2**20) as store:
+    async with opened(tmp_path, capacity=room_for(4), segment=2**20, eviction="lru") as store:
         assert store.lookup(NS, SHARED).tokens == 48, "all but its end, which goes before the newest"
 
 

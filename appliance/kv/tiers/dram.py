@@ -26,7 +26,7 @@ from appliance.kv.base import PoolShape
 from appliance.kv.policy import EvictionPolicy
 from appliance.kv.tiers.files import tier_error
 from appliance.security.seal import wipe
-from appliance.types import BlockId, Namespace, Tokens
+from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ class DramTable:
     def __init__(self, pool: DramPool, shape: PoolShape, policy: EvictionPolicy[BlockId]) -> None:
         self._pool = pool
         self.slots = shape.slots
+        self._slot_bytes = shape.slot_bytes
         self.policy = policy
         self._free = list(range(shape.slots - 1, -1, -1))
         self._last_tenant: list[str | None] = [None] * shape.slots
@@ -244,6 +245,21 @@ class DramTable:
         if not entry.ready.done():
             entry.ready.set_result(False)
         self._changed()
+
+    def usage(self, now_us: int) -> TierUsage:
+        entries = list(self._entries.values())
+        used = [entry.used_us for entry in entries]
+        return TierUsage(
+            tier=Tier.DRAM,
+            capacity_bytes=self.slots * self._slot_bytes,
+            used_bytes=len(entries) * self._slot_bytes,
+            blocks=len(entries),
+            tokens=sum(len(entry.tokens) for entry in entries),
+            pending_blocks=sum(not entry.state.readable for entry in entries),
+            notes=self._pool.notes,
+            oldest_s=max(0, now_us - min(used)) / 1e6 if used else None,
+            newest_s=max(0, now_us - max(used)) / 1e6 if used else None,
+        )
 
     def evictable(self, entry: Entry) -> bool:
         return entry.block not in self._held
