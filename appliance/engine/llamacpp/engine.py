@@ -7,6 +7,7 @@ sequence ids are scratch, and not part of `info.max_sequences`. Threading: engin
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,10 +18,9 @@ from llama_cpp import llama_cpp as ll
 from numpy.typing import NDArray
 
 from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row, Sampler
-from appliance.engine.llamacpp import native
+from appliance.engine.llamacpp import batching, native
 from appliance.engine.llamacpp.calibrate import calibrate, others_running
 from appliance.engine.llamacpp.identity import fingerprint
-from appliance.engine.llamacpp.padding import Padding
 from appliance.engine.llamacpp.sampling import ChainSampler
 from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, probe
 from appliance.engine.llamacpp.text import Text
@@ -28,6 +28,10 @@ from appliance.errors import EngineError
 from appliance.types import BlockLayout, SamplingParams, Tokens
 
 CALIBRATION_TOKENS = 64
+DEPTH_TOKENS = 2048
+"""Beside so many cells the ways of attention are told apart."""
+SLOWEST_TILE_S = 2.0
+"""A model that takes longer for a tile is not measured at depth: its weights outweigh attention."""
 NO_CELLS = 1
 """What llama_decode answers when there is no room; nothing has changed then."""
 
@@ -47,14 +51,14 @@ class LlamaCppEngine(Engine):
         self._threads = Threads(config.threads or 1, config.threads or 1, config.batch_threads or 1)
         self._busy = False
         self._batch_index: list[int] = []
-        self._padding = Padding.of(self._model, config)
+        self._costs: batching.Costs | None = None
         self._spare = config.max_sequences - 1
         first = min(64, self._text.vocab_tokens)
         self._sample_tokens = Tokens.of(i % first for i in range(CALIBRATION_TOKENS))
         mode, self._state, layout = probe(self._context, self._model, config.block_tokens, self._compute_sample)
-        if mode is KVMode.NONE:
-            self._padding = Padding(0.0)
         self.info = self._describe(config, metadata, mode, layout)
+        if mode is KVMode.ROWS and not config.gpu_layers and config.batch_tokens >= batching.TILE_ROWS:
+            self._costs = self._measure_costs(layout)
 
     def _describe(
         self, config: EngineConfig, metadata: dict[str, str], mode: KVMode, layout: BlockLayout
@@ -125,10 +129,11 @@ class LlamaCppEngine(Engine):
 
     # --- compute -------------------------------------------------------------------------------------------------
 
+    def groups(self, rows: Sequence[Row]) -> list[list[int]]:
+        return batching.groups(self._costs, rows)
+
     def decode(self, rows: Sequence[Row]) -> None:
-        added = self._padding.tokens(
-            sum(len(row.tokens) for row in rows), max(row.start + len(row.tokens) for row in rows)
-        )
+        added = batching.filling(self._costs, rows)
         threads = self._threads.batch
         if not added and all(len(row.tokens) == 1 for row in rows):
             # Just before a step somebody still delivers the last token, just after one a next request may arrive: those
@@ -211,6 +216,37 @@ class LlamaCppEngine(Engine):
 
     def _compute_sample(self, seq: int, n_tokens: int) -> None:
         self.decode([Row(seq, 0, self._sample_tokens[:n_tokens], True)])
+
+    def _measure_costs(self, layout: BlockLayout) -> batching.Costs | None:
+        """None if that would take too long, or cells are too few to see a difference."""
+        depth = min(DEPTH_TOKENS, self.info.context_tokens - batching.TILE_ROWS) // layout.block_tokens
+        depth *= layout.block_tokens
+        slowest_s = batching.TILE_ROWS / self.info.prefill_tokens_per_s
+        if depth < layout.block_tokens or slowest_s > SLOWEST_TILE_S:
+            return None
+        nothing = memoryview(bytes(layout.payload_bytes(layout.block_tokens)))
+        blocks = [(layout.block_tokens, layout.block_tokens, nothing)] * (depth // layout.block_tokens)
+
+        def deep() -> None:
+            self.restore(0, 0, blocks)  # content does not matter, only that it is there
+            self.link(0, 1, 0, depth)
+
+        try:
+            return batching.Costs.measured(self._timed_rows, depth, deep)
+        finally:
+            ll.llama_memory_clear(self._memory, False)
+
+    def _timed_rows(self, n_tokens: int, start: int) -> float:
+        """Seconds of a batch that is dropped again: of two tokens, each is a row of its own sequence."""
+        tokens = self._sample_tokens[: n_tokens if n_tokens != 2 else 1]
+        rows = [Row(seq, start, tokens, True) for seq in range(2 if n_tokens == 2 else 1)]
+        began_s = time.perf_counter()
+        self.decode(rows)
+        ll.llama_synchronize(self._context)
+        seconds = time.perf_counter() - began_s
+        for row in rows:
+            self.drop(row.seq, start)
+        return seconds
 
     def _timed_batch(self, n_tokens: int, threads: int) -> None:
         self._threads = Threads(threads, threads, threads)
