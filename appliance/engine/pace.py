@@ -48,14 +48,15 @@ class Pace:
         """A step of so many streams and prompt tokens took so long."""
         if not n_decoding:
             self._token_s = _smoothed(self._token_s, seconds / n_prompt_tokens)
-        elif not n_prompt_tokens:
+            return
+        if not n_prompt_tokens:
             self._decode_s = _smoothed(self._decode_s, seconds / n_decoding)
-            if self._earned is not None:
-                self._credit_s = min(self._credit_s + self._earned * seconds, max(self._chunk_s, seconds))
-        else:
-            added_s = max(0.0, seconds - n_decoding * self._decode_s)
-            self._chunk_s = _smoothed(self._chunk_s, added_s)
-            self._credit_s -= added_s
+        decode_s = min(seconds, n_decoding * self._decode_s)
+        if n_prompt_tokens:
+            self._chunk_s = _smoothed(self._chunk_s, seconds - decode_s)
+            self._credit_s -= seconds - decode_s
+        if self._earned is not None:
+            self._credit_s = min(self._credit_s + self._earned * decode_s, max(self._chunk_s, seconds))
 
     def spent(self, seconds: float) -> None:
         """While streams decode, something else that was computed for a prompt took so long."""
