@@ -8,9 +8,11 @@ schema's size, and recursion by MAX_DEPTH. One builder belongs to one grammar.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from appliance.chat import integers
 from appliance.chat.gbnf import MAX_REPEATS, GrammarError
 
 MAX_DEPTH = 32
@@ -20,12 +22,13 @@ MAX_PROPERTIES = 200
 MAX_TEXT = 48 * 1024
 
 _STRICT_REFUSES = (
-    "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "uniqueItems", "contains",
+    "pattern", "multipleOf", "uniqueItems", "contains",
     "minContains", "maxContains", "patternProperties", "propertyNames", "minProperties", "maxProperties", "not", "if",
     "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems",
     "unevaluatedProperties", "$dynamicRef",
 )  # fmt: skip
 
+_POSITIVE = "positive"
 _PRIMITIVES: Mapping[str, str] = {
     "ws": r'| " " | "\n"{1,2} [ \t]{0,20}',
     "char": r'[^"\\\x7F\x00-\x1F] | [\\] (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
@@ -33,6 +36,7 @@ _PRIMITIVES: Mapping[str, str] = {
     "digits": r"[0-9]{1,16}",
     "integer": r'"-"? ("0" | [1-9] [0-9]{0,15})',
     "number": r'integer ("." digits)? ([eE] [-+]? [0-9]{1,3})?',
+    _POSITIVE: r'("0" | [1-9] [0-9]{0,15}) ("." digits)? ([eE] [-+]? [0-9]{1,3})?',
     "boolean": r'"true" | "false"',
     "null": r'"null"',
     "object": r'"{" ws (member ("," ws member)*)? ws "}"',
@@ -47,12 +51,14 @@ _PRIMITIVES: Mapping[str, str] = {
 _USES: Mapping[str, Sequence[str]] = {
     "string": ("char",),
     "number": ("integer", "digits"),
+    _POSITIVE: ("digits",),
     "object": ("ws", "member"),
     "member": ("string", "ws", "value"),
     "array": ("ws", "value"),
     "value": ("object", "array", "string", "number", "boolean", "null"),
     "date-time": ("date", "time"),
 }
+_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _FORMATS = ("date", "time", "date-time", "uuid")
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
@@ -164,6 +170,8 @@ class _Conversion:
             return self._string(schema)
         if kind not in _TYPES:
             raise GrammarError('has a "type" that JSON does not know')
+        if kind in ("integer", "number") and any(key in schema for key in _LIMITS):
+            return self._limited(schema, kind)
         return self._grammar.primitive(kind)
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -191,7 +199,10 @@ class _Conversion:
         return found
 
     def _constant(self, value: object) -> str:
-        return literal(json.dumps(value, ensure_ascii=False))
+        try:
+            return literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except ValueError:
+            raise GrammarError("has a constant that is no JSON: a number is too large") from None
 
     def _enum(self, values: object) -> str:
         listed = _listed(values, "enum", MAX_ENUM)
@@ -216,6 +227,24 @@ class _Conversion:
         if (least, most) == (0, None):
             return self._grammar.primitive("string")
         return self._rule(rf'"\"" {_times(self._grammar.primitive("char"), least, most)} "\""')
+
+    def _limited(self, schema: dict[str, Any], kind: str) -> str:
+        limits = {key: schema[key] for key in _LIMITS if key in schema}
+        if not all(type(limit) is int or (type(limit) is float and math.isfinite(limit)) for limit in limits.values()):
+            raise GrammarError(f'has a limit of a {kind} that is no number: "{", ".join(limits)}"')
+        if kind == "number":
+            if self._strict and limits != {"minimum": 0}:
+                raise GrammarError('limits a "number", which is supported for integers only, or to "minimum" 0')
+            positive = self._grammar.primitive(_POSITIVE)
+            return positive if limits.get("minimum", -1) >= 0 else self._grammar.primitive(kind)
+        lows = [math.ceil(limits["minimum"])] if "minimum" in limits else []
+        highs = [math.floor(limits["maximum"])] if "maximum" in limits else []
+        lows += [math.floor(limits["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in limits else []
+        highs += [math.ceil(limits["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in limits else []
+        found = integers.between(max(lows, default=None), min(highs, default=None))
+        if found is None:
+            raise GrammarError("limits an integer so that there is none")
+        return self._rule(found)
 
     def _array(self, schema: dict[str, Any], depth: int) -> str:
         space = self._grammar.primitive("ws")

@@ -35,6 +35,9 @@ TREE = {
 SCHEMAS: list[tuple[str, Any, list[str], list[str]]] = [
     ("integer", {"type": "integer"}, ["0", "-12"], ["", "01", "1.5", '"1"', "x"]),
     ("number", {"type": "number"}, ["0", "-1.5e-3", "10"], [".5", "1.", "NaN"]),
+    ("integer within limits", {"type": "integer", "minimum": -12, "exclusiveMaximum": 205}, ["-12", "-9", "-1", "0", "7", "42", "199", "204"], ["-13", "-20", "205", "1000", "00", "-0"]),
+    ("integer above a limit", {"type": "integer", "minimum": 18}, ["18", "99", "100", "1234567890123456"], ["17", "0", "-18", "018"]),
+    ("number from 0", {"type": "number", "minimum": 0}, ["0", "1.5"], ["-1"]),
     ("boolean or null", {"type": ["boolean", "null"]}, ["true", "null"], ["0", "nul"]),
     ("string", {"type": "string"}, ['""', '"é\\n\\u00e9"', '"\\\\"'], ['"', '"\n"', '"\\x"', "'a'"]),
     ("string of a length", {"type": "string", "minLength": 2, "maxLength": 3}, ['"ab"', '"abc"', '"\\"é"'], ['"a"', '"abcd"']),

@@ -139,6 +139,15 @@ async def test_what_is_wrong_with_a_request_is_said_as_such(engine: EngineProxy)
     await engine.release("r")
 
 
+async def test_what_a_sampler_refuses_is_the_requests_fault(engine: EngineProxy) -> None:
+    await engine.begin("r", NS, prompt(10), 10, OWNER)
+    with pytest.raises(RequestError) as caught:
+        async for _ in engine.run("r", greedy(5, grammar="root ::= [a-z]")):  # the null engine follows none
+            pass
+    assert caught.value.status == 422
+    await engine.release("r")
+
+
 def nested(depth: int) -> object:
     return [nested(depth - 1)] if depth else "x"
 
