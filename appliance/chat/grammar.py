@@ -45,13 +45,13 @@ def one_of(texts: Sequence[str]) -> str:
     return _checked(grammar, grammar.rule(" | ".join(map(literal, texts))))
 
 
-def calls_answer(form: ToolFormat, use: ToolUse, otherwise: object = None) -> str:
+def calls_answer(form: ToolFormat, use: ToolUse, otherwise: object = None, *, strict: bool = False) -> str:
     """Calls of the tools that may be called, or JSON of the schema `otherwise` where calls are not required."""
     grammar = GrammarBuilder()
     tools = [tool for tool in use.tools if use.name in (None, tool.name)]
     root = _WRITERS[form](grammar, tools, MAX_CALLS if use.parallel else 1)
     if use.choice is not ToolChoice.REQUIRED:
-        root = f"{root} | {grammar.schema(otherwise, strict=False)}"
+        root = f"{root} | {grammar.schema(otherwise, strict=strict)}"
     return _checked(grammar, root)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 from appliance.api.constraints import Constrained
 from appliance.chat import gbnf
@@ -18,27 +19,34 @@ from appliance.errors import RequestError
 from appliance.server.base import ServedModel
 
 NO_TOOLS = ToolUse()
-_Made = tuple[str, Callable[[], str], object]
-"""The field, its grammar, and the schema it stands for, if it stands for one."""
+
+
+class _Wanted(NamedTuple):
+    field: str
+    make: Callable[[], str]
+    """Its grammar."""
+    schema: object = None
+    """What it stands for, if it stands for a schema."""
+    strict: bool = False
 
 
 def grammar_of(call: Constrained, model: ServedModel, tools: ToolUse = NO_TOOLS) -> str | None:
     """The grammar of the answer; with tools that may be called, of calls or the answer."""
     wanted = list(_wanted(call))
     if len(wanted) > 1:
-        fields = " and ".join(field for field, _, _ in wanted)
-        raise RequestError(f"{fields}: an answer can have only one form; send one of them", param=wanted[1][0])
+        fields = " and ".join(each.field for each in wanted)
+        raise RequestError(f"{fields}: an answer can have only one form; send one of them", param=wanted[1].field)
     required = tools.callable and tools.choice is ToolChoice.REQUIRED
     if not wanted and not required:
         return None
-    field, make, schema = wanted[0] if wanted else ("tool_choice", str, None)
+    field, make, schema, strict = wanted[0] if wanted else _Wanted("tool_choice", str)
     if not model.grammars:
         raise RequestError(f"{field}: this engine cannot hold an answer to a form; leave it out", param=field)
     if required or (wanted and tools.callable):
         if not required and schema is None:
             raise RequestError(f"{field}: cannot be combined with tools that the model may call", param=field)
         field = "tool_choice" if required else field
-        return _refusing(field, lambda: calls_answer(model.tool_format, tools, schema))
+        return _refusing(field, lambda: calls_answer(model.tool_format, tools, schema, strict=strict))
     return _refusing(field, make)
 
 
@@ -49,18 +57,18 @@ def _refusing(field: str, make: Callable[[], str]) -> str:
         raise RequestError(f"{field}: {error}", param=field) from None
 
 
-def _wanted(call: Constrained) -> list[_Made]:
-    found: list[_Made] = []
+def _wanted(call: Constrained) -> list[_Wanted]:
+    found: list[_Wanted] = []
 
     def schema(field: str, value: object, strict: bool = False) -> None:
         tree = _tree(field, value)
-        found.append((field, lambda: json_answer(tree, strict=strict), tree))
+        found.append(_Wanted(field, lambda: json_answer(tree, strict=strict), tree, strict))
 
     def grammar(field: str, text: str) -> None:
-        found.append((field, lambda: _checked(text), None))
+        found.append(_Wanted(field, lambda: _checked(text)))
 
     def choice(field: str, texts: list[str]) -> None:
-        found.append((field, lambda: one_of(texts), None))
+        found.append(_Wanted(field, lambda: one_of(texts)))
 
     form = call.response_format
     if form and form.type == "json_schema":

@@ -44,7 +44,11 @@ BAD: list[tuple[str, str, bytes, int, str]] = [
     ("lone surrogate in a prompt", TEXT, complete(prompt="a\udc00"), 400, "surrogate"),
     ("empty messages", CHAT, chat(messages=[]), 400, "messages"),
     ("empty prompt", TEXT, complete(prompt=""), 400, "prompt"),
-    ("grammar", CHAT, chat(grammar='root ::= "a" root'), 400, "grammar"),
+    ("grammar that begins with itself", CHAT, chat(grammar='root ::= root "a"'), 400, "begins with itself"),
+    ("grammar of nested groups", CHAT, chat(grammar="root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000), 400, "grammar"),
+    ("string of 20,000 characters", CHAT, chat(json_schema={"type": "string", "minLength": 20_000}), 400, "minLength"),
+    ("list of 20,000", CHAT, chat(json_schema={"type": "array", "minItems": 20_000}), 400, "minItems"),
+    ("embedding of nothing", "/v1/embeddings", b'{"input": ""}', 400, "empty"),
     ("tokenize nothing", "/tokenize", b"{}", 400, "content"),
     ("detokenize beyond the vocabulary", "/detokenize", b'{"tokens": [288]}', 400, "tokens"),
 ]  # fmt: skip

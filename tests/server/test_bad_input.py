@@ -154,6 +154,7 @@ BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("unknown response_format", CHAT, chat(response_format={"type": "xml"}), "response_format.type"),
     ("response_format without a schema", CHAT, chat(response_format={"type": "json_schema"}), "response_format"),
     ("response_format with a pattern, strict", CHAT, schema({"type": "string", "pattern": "^a"}, strict=True), "response_format"),
+    ("response_format with a pattern, strict, and tools", CHAT, chat(tools=[tool()], response_format={"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "^a"}, "strict": True}}), "response_format"),
     ("schema no object", CHAT, schema(3), "response_format"),
     ("schema false", CHAT, schema({"properties": {"a": False}}), "response_format"),
     ("schema too deep", CHAT, schema(nested_lists(40)), "response_format"),
