@@ -55,7 +55,8 @@ class Below:
         self._tokens = recovered.tokens
         self._newest_us = recovered.newest_us
         self._used: dict[BlockId, int] = {}
-        self._leaving: set[BlockId] = set()
+        self._leaving: dict[BlockId, str | None] = {}
+        """Whose they are."""
         self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
         self._crowded = False
         """Somebody else fills the medium, and what was evicted last did not help: no more goes for them."""
@@ -119,19 +120,18 @@ class Below:
                 return
             for plain in blocks:  # to store a block is to use the prefix it ends
                 self.touch([plain.identity.parent], self._now_us(), counts=False)
-            lane = self.sealed.lane(blocks[0].identity.tenant)
             lengths = [record_bytes(self._layout, len(plain.identity.tokens)) for plain in blocks]
             superseded = self._superseded(blocks)
             self._leave(superseded)
             try:
-                await self._make_room(lane, lengths)
+                await self._make_room(blocks[0].identity.tenant, lengths)
                 try:
                     await self._append(blocks, superseded)
                 except TierFull:  # the medium is smaller than our capacity: somebody else filled it
                     if self._crowded:
                         raise
                     self._crowded = True
-                    await self._evict(sum(lengths))
+                    await self._evict(sum(lengths), blocks[0].identity.tenant)
                     await self._append(blocks, superseded)
                 self._crowded = False
             except BaseException:
@@ -144,19 +144,21 @@ class Below:
             known = [block for block in blocks if block in self.policy and not self.loads.reading[block]]
             await self._forget(known)
 
-    async def _make_room(self, lane: bytes, lengths: Sequence[int]) -> None:
+    async def _make_room(self, tenant: str, lengths: Sequence[int]) -> None:
+        lane = self.sealed.lane(tenant)
         short = self.sealed.tier.shortfall(lane, lengths)
         if short > self.sealed.tier.usage().used_bytes:
             raise TierFull(f"the {self._tier} tier is smaller than {len(lengths)} blocks")
         while short:
-            await self._evict(short)
+            await self._evict(short, tenant)
             short = self.sealed.tier.shortfall(lane, lengths)
 
-    async def _evict(self, nbytes: int) -> None:
-        """Forget the oldest blocks worth `nbytes`, or what there is of them; TierFull if there is none."""
+    async def _evict(self, nbytes: int, tenant: str) -> None:
+        """Forget blocks worth `nbytes` for new ones of `tenant`, or what there is of them; TierFull if there is none."""
         n = -(-nbytes // record_bytes(self._layout, self._layout.block_tokens))
         n = min(n, max(1, len(self.policy) - len(self.loads.reading)))
-        victims = self.policy.evict(n, self.loads.reading) or self.policy.evict(1, self.loads.reading)
+        reading = self.loads.reading
+        victims = self.policy.evict(n, reading, tenant) or self.policy.evict(1, reading, tenant)
         if not victims:
             raise TierFull(f"the {self._tier} tier is full and nothing in it can go")
         await self._forget(victims)
@@ -170,7 +172,7 @@ class Below:
         return [block for block in found if block in self.policy and not self.loads.reading[block]]
 
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
-        now = LastUse(self._now_us(), clock=self.policy.clock)
+        now = LastUse(self._now_us(), clock=self.policy.clock(blocks[0].identity.tenant))
         used, self._used = self._used, {}
         stamps = self._stamps(used)
 
@@ -183,13 +185,14 @@ class Below:
             self._used = {**used, **self._used}
             raise
         names = [plain.identity.block for plain in blocks]
-        self._leaving.difference_update(superseded, names)
+        for block in (*superseded, *names):
+            self._leaving.pop(block, None)
         parents = {plain.identity.parent for plain in blocks}
-        for plain in blocks:
-            self.policy.add(plain.identity.block, plain.identity.parent, plain.identity.start)
+        for identity in (plain.identity for plain in blocks):
+            self.policy.add(identity.tenant, identity.block, identity.parent, identity.start)
         for block in names:
             if block not in parents:
-                self.policy.touch([block], counts=False)
+                self.touch([block], now.us, counts=False)
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
         self._newest_us = max(self._newest_us, now.us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
@@ -208,19 +211,21 @@ class Below:
             self._transfers.submit(Priority.STORE, lambda _: self._durable.erase(blocks))
         )
         self._tokens -= gone_tokens
-        self._leaving.difference_update(blocks)
+        for block in blocks:
+            self._leaving.pop(block, None)
 
     def _leave(self, blocks: Iterable[BlockId]) -> None:
         for block in blocks:
-            self._leaving.add(block)
+            self._leaving.setdefault(block, self.policy.owner(block))
             self.policy.remove(block)
 
     def _return(self, blocks: Iterable[BlockId]) -> None:
         """They could not go. Their place in the order is lost: they are the newest now."""
         entries = self.index.get_many(blocks)
         for block, entry in entries.items():
-            self._leaving.discard(block)
-            self.policy.add(block, entry.parent, entry.start)
+            owner = self._leaving.pop(block, None)
+            if owner is not None:
+                self.policy.add(owner, block, entry.parent, entry.start)
 
     # --- the rest --------------------------------------------------------------------------------------------------
 
@@ -233,7 +238,6 @@ class Below:
 
     def usage(self, pending_blocks: int) -> TierUsage:
         medium = self.sealed.tier.usage()
-        now_us = self._now_us()
         heads = [used_us for block in self.policy.heads() if (used_us := self._last_use_us(block)) is not None]
         oldest_us = min(heads, default=None)
         return TierUsage(
@@ -245,8 +249,8 @@ class Below:
             pending_blocks=pending_blocks,
             state="degraded" if self.loads.breaker.failing or self.stores.failing else "ok",
             notes=(*medium.notes, *self._notes),
-            oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
-            newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
+            oldest_s=None if oldest_us is None else max(0, self._now_us() - oldest_us) / 1e6,
+            newest_s=None if oldest_us is None else max(0, self._now_us() - self._newest_us) / 1e6,
         )
 
     def _stamps(self, used: dict[BlockId, int]) -> dict[BlockId, LastUse]:

@@ -130,8 +130,8 @@ class CostAware(EvictionPolicy[Name]):
                 else:
                     break
 
-    def oldest_first(self) -> Iterator[Name]:
-        return (block for _, block in self._by_priority(()))
+    def oldest_first(self, protected: Container[Name] = ()) -> Iterator[Name]:
+        return (block for _, block in self._by_priority(protected))
 
     def heads(self) -> Iterator[Name]:
         return (next(iter(queue)) for queue in self._queues if queue)

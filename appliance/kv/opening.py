@@ -15,7 +15,8 @@ from pathlib import Path
 from appliance.config import KVSection, NvmeSection
 from appliance.errors import ConfigError, StateError, TierError
 from appliance.kv.costs import CostAware, TokenSeconds
-from appliance.kv.policy import EvictionPolicy, LeafFirstLru
+from appliance.kv.fair import FairShare
+from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import MAX_FRAMES, MAX_RECORD_BYTES, record_bytes
 from appliance.kv.recovery import Recovered, recover
 from appliance.kv.store import TieredStore
@@ -45,7 +46,7 @@ def open_below(
     keyring: Keyring,
     nvme: NvmeSection,
     clock: Callable[[], float] = time.time,
-    policy: EvictionPolicy[BlockId] | None = None,
+    policy: FairShare[BlockId] | None = None,
 ) -> tuple[SealedTier, Recovered]:
     """The medium below DRAM and its index, made to agree. TierError if it cannot be used at all. Blocking.
 
@@ -53,13 +54,13 @@ def open_below(
     """
     sealed = SealedTier(_medium(NvmeTier, home, keyring, nvme), keyring, clock)
     index = store_folder(home, nvme) / _INDEX_FOLDER
-    return sealed, recover(sealed, keyring, index, index, LeafFirstLru() if policy is None else policy)
+    return sealed, recover(sealed, keyring, index, index, FairShare(LeafFirstLru) if policy is None else policy)
 
 
 def look_below(home: Path, keyring: Keyring, nvme: NvmeSection, scratch: Path) -> tuple[SealedTier, Recovered]:
     """The same without changing anything: the index is a copy in folder `scratch`, and segments stay as they are."""
     sealed = SealedTier(_medium(ReadOnlyNvme, home, keyring, nvme), keyring)
-    return sealed, recover(sealed, keyring, store_folder(home, nvme) / _INDEX_FOLDER, scratch, LeafFirstLru())
+    return sealed, recover(sealed, keyring, store_folder(home, nvme) / _INDEX_FOLDER, scratch, FairShare(LeafFirstLru))
 
 
 def _medium(kind: type[NvmeTier], home: Path, keyring: Keyring, nvme: NvmeSection) -> NvmeTier:
@@ -100,8 +101,8 @@ def _check_size(layout: BlockLayout) -> None:
         )
 
 
-def _policy(kv: KVSection, token_s: TokenSeconds) -> EvictionPolicy[BlockId]:
-    return LeafFirstLru() if kv.eviction == "lru" else CostAware(token_s)
+def _policy(kv: KVSection, token_s: TokenSeconds) -> FairShare[BlockId]:
+    return FairShare(LeafFirstLru if kv.eviction == "lru" else lambda: CostAware(token_s))
 
 
 async def open_store(

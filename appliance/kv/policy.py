@@ -66,8 +66,8 @@ class EvictionPolicy(ABC, Generic[Name]):
         """
 
     @abstractmethod
-    def oldest_first(self) -> Iterator[Name]:
-        """All blocks in the order of eviction."""
+    def oldest_first(self, protected: Container[Name] = ()) -> Iterator[Name]:
+        """All blocks that are not protected in the order of eviction."""
 
     @abstractmethod
     def heads(self) -> Iterator[Name]:
@@ -106,16 +106,11 @@ class LeafFirstLru(EvictionPolicy[Name]):
         self._parents.pop(block, None)
 
     def evict(self, n: int, protected: Container[Name] = ()) -> list[Name]:
-        chosen: list[Name] = []
-        for block in self._parents:
-            if len(chosen) == n:
-                break
-            if block not in protected:
-                chosen.append(block)
+        chosen = list(islice(self.oldest_first(protected), n))
         return chosen if len(chosen) == n else []
 
-    def oldest_first(self) -> Iterator[Name]:
-        return iter(self._parents)
+    def oldest_first(self, protected: Container[Name] = ()) -> Iterator[Name]:
+        return (block for block in self._parents if block not in protected)
 
     def heads(self) -> Iterator[Name]:
         return islice(self._parents, 1)

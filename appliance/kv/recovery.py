@@ -16,8 +16,9 @@ from struct import Struct
 
 from appliance.errors import IntegrityError, TierError
 from appliance.kv.check import remove, renew
+from appliance.kv.fair import FairShare
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry, LastUse
-from appliance.kv.policy import EvictionPolicy, Standing
+from appliance.kv.policy import Standing
 from appliance.kv.runs import Runs
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, SegmentInfo
 from appliance.kv.tiers.files import tier_error
@@ -27,8 +28,8 @@ from appliance.types import BlockId, Tokens
 
 log = logging.getLogger(__name__)
 
-_AGE = Struct(">QQ32s32sId")
-"""Last use, depth, block, parent, standing: in the order of these bytes blocks are added to the policy."""
+_AGE = Struct(">QQ32s32sIdI")
+"""Last use, depth, block, parent, standing, number of the tenant: in the order of these bytes blocks are added to the policy."""
 _DEEPEST = 2**64 - 1
 _BATCH = 4096
 """Blocks of one index transaction of a rebuild."""
@@ -69,25 +70,23 @@ class Recovered:
     """An index and its segments that agree."""
 
     index: Index
-    policy: EvictionPolicy[BlockId]
+    policy: FairShare[BlockId]
     """Everything that is stored, in the order of eviction."""
     tokens: int
     newest_us: int
     mended: Mended
 
 
-def recover(
-    sealed: SealedTier, keyring: Keyring, source: Path, target: Path, policy: EvictionPolicy[BlockId]
-) -> Recovered:
+def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path, policy: FairShare[BlockId]) -> Recovered:
     """Start with the index in folder `source` and keep the outcome in folder `target`, which is the same one to serve from.
     `policy` is an empty one, which is filled.
 
     TierError if the medium, or a folder, cannot be used at all.
     """
-    segments, quarantined = _own_segments(sealed)
+    segments, owners, quarantined = _own_segments(sealed)
     index, rebuilt = _open_index(sealed, keyring, source / FILE_NAME, target / FILE_NAME)
     try:
-        census = _Census()
+        census = _Census(owners)
         pending = _Pending()
         for block, entry in index.entries():
             if entry.extent.end > segments.get(entry.extent.segment, 0):
@@ -126,7 +125,11 @@ def recover(
 class _Census:
     """What is stored, packed: its parts are let go as fill() and extents() give them out."""
 
-    def __init__(self) -> None:
+    def __init__(self, owners: dict[int, str]) -> None:
+        """`owners`: the tenant of each segment."""
+        self._tenants = sorted(set(owners.values()))
+        numbers = {tenant: n for n, tenant in enumerate(self._tenants)}
+        self._owners = {segment: numbers[tenant] for segment, tenant in owners.items()}
         self.blocks = self.tokens = self.newest_us = 0
         self._ages = Runs(_AGE.size)
         self._places: dict[int, array[int]] = {}
@@ -136,22 +139,24 @@ class _Census:
         self.tokens += entry.n_tokens
         self.newest_us = max(self.newest_us, entry.used.us)
         used_us, *standing = entry.used
-        self._ages.add(_AGE.pack(used_us, _DEEPEST - entry.start, block, entry.parent, *standing))
         extent = entry.extent
+        owner = self._owners[extent.segment]
+        self._ages.add(_AGE.pack(used_us, _DEEPEST - entry.start, block, entry.parent, *standing, owner))
         self._places.setdefault(extent.segment, array("Q")).extend((extent.offset, extent.length))
 
     def extents(self, segment: int) -> list[Extent]:
         places = iter(self._places.pop(segment, ()))
         return [Extent(segment, offset, length) for offset, length in zip(places, places, strict=True)]
 
-    def fill(self, policy: EvictionPolicy[BlockId]) -> None:
+    def fill(self, policy: FairShare[BlockId]) -> None:
         """One use stamps a whole prefix, so of equal stamps the deeper goes first. A parent and its name are one object."""
         parents: dict[bytes, tuple[BlockId, int]] = {}
         for packed in self._ages.drain():
-            _, height, block, parent, uses, clock = _AGE.unpack(packed)
+            _, height, block, parent, uses, clock, owner = _AGE.unpack(packed)
             block, floor = parents.pop(block, (block, 0))
             parent, below = parents.get(parent, (parent, 0))
-            policy.add(block, parent, _DEEPEST - height, Standing(uses, clock, floor))
+            standing = Standing(uses, clock, floor)
+            policy.add(self._tenants[owner], block, parent, _DEEPEST - height, standing)
             parents[parent] = (parent, max(below, policy.standing(block).floor))
 
 
@@ -183,19 +188,21 @@ class _Pending:
         return _Pending()
 
 
-def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], int]:
-    """Ends of the segments whose superblock verifies, and how many others were set aside."""
+def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], dict[int, str], int]:
+    """Ends and tenants of the segments whose superblock verifies, and how many others were set aside."""
     ends: dict[int, int] = {}
+    owners: dict[int, str] = {}
     quarantined = 0
     for info in sealed.tier.scan():
-        if _is_ours(sealed, info):
-            ends[info.segment] = info.end
+        owner = _owner(sealed, info)
+        if owner is not None:
+            ends[info.segment], owners[info.segment] = info.end, owner
         elif info.head == b"":
             sealed.tier.settle(info.segment, ())  # created and never written: a crash, not damage
         else:
             sealed.tier.set_aside(info.segment)
             quarantined += 1
-    return ends, quarantined
+    return ends, owners, quarantined
 
 
 def _records(sealed: SealedTier, number: int, start: int, end: int, *, heads_only: bool) -> Iterator[Found | None]:
@@ -206,14 +213,14 @@ def _records(sealed: SealedTier, number: int, start: int, end: int, *, heads_onl
             yield record
 
 
-def _is_ours(sealed: SealedTier, info: SegmentInfo) -> bool:
+def _owner(sealed: SealedTier, info: SegmentInfo) -> str | None:
+    """The tenant whose segment it is; None if it is not ours."""
     try:
-        sealed.check_superblock(info)
+        return sealed.check_superblock(info)
     except IntegrityError as error:
         if info.head != b"":
             log.warning("segment %016x is set aside: %s", info.segment, error)
-        return False
-    return True
+        return None
 
 
 def _open_index(sealed: SealedTier, keyring: Keyring, source: Path, target: Path) -> tuple[Index, bool]:
@@ -239,7 +246,7 @@ def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
     return True
 
 
-def _fit(sealed: SealedTier, index: Index, policy: EvictionPolicy[BlockId]) -> list[IndexEntry]:
+def _fit(sealed: SealedTier, index: Index, policy: FairShare[BlockId]) -> list[IndexEntry]:
     """Evict until the tier is within a capacity that may be smaller than before."""
     evicted: list[IndexEntry] = []
     while excess := sealed.tier.shortfall(b"", ()):

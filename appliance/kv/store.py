@@ -17,9 +17,9 @@ from appliance.api.control import VerifyProgress
 from appliance.errors import StoreBusy
 from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
+from appliance.kv.fair import FairShare
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
-from appliance.kv.policy import EvictionPolicy
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
 from appliance.kv.siblings import longest_common
@@ -54,7 +54,7 @@ class TieredStore(KVStore):
         transfers: TransferPool,
         sealed: SealedTier | None,
         recovered: Recovered | None,
-        policy: EvictionPolicy[BlockId],
+        policy: FairShare[BlockId],
         write_behind_bytes: int,
         read_bytes: int,
         clock: Callable[[], float],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.kv.base import NewBlock
+from appliance.kv.fair import FairShare
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry, LastUse
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.recovery import NOTHING_MENDED, Recovered
@@ -57,7 +58,7 @@ async def _measure(home: Path) -> LookupTimes:
     index = Index(
         home / FILE_NAME, index_key=os.urandom(32), store_uuid=ring.store_uuid, map_bytes=16 * 2**30, create=True
     )
-    policy = _fill(index, _store(home / "empty", ring, index, LeafFirstLru()).missing(NS, prompt))
+    policy = _fill(index, _store(home / "empty", ring, index, FairShare(LeafFirstLru)).missing(NS, prompt))
     store = _store(home / "full", ring, index, policy)
     times = []
     for _ in range(LOOKUPS):
@@ -69,7 +70,7 @@ async def _measure(home: Path) -> LookupTimes:
     return LookupTimes(len(policy), PROMPT_TOKENS, statistics.median(times), max(times))
 
 
-def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru[BlockId]) -> TieredStore:
+def _store(folder: Path, ring: Keyring, index: Index, policy: FairShare[BlockId]) -> TieredStore:
     pool = DramPool(4 * LAYOUT.slot_bytes, lock=False)
     tier = NvmeTier(folder, capacity_bytes=2**42, segment_bytes=2**28, superblock=superblock_maker(ring))
     return TieredStore(
@@ -81,18 +82,18 @@ def _store(folder: Path, ring: Keyring, index: Index, policy: LeafFirstLru[Block
         transfers=TransferPool(1, RECORD_BYTES),
         sealed=SealedTier(tier, ring, time.time),
         recovered=Recovered(index, policy, tokens=0, newest_us=0, mended=NOTHING_MENDED),
-        policy=LeafFirstLru(),
+        policy=FairShare(LeafFirstLru),
         write_behind_bytes=2**30,
         read_bytes=2**23,
         clock=time.time,
     )
 
 
-def _fill(index: Index, prompt: Sequence[NewBlock]) -> LeafFirstLru[BlockId]:
+def _fill(index: Index, prompt: Sequence[NewBlock]) -> FairShare[BlockId]:
     """The prompt's full blocks spread among others."""
     ours = iter(new for new in prompt if len(new.tokens) == LAYOUT.block_tokens)
     stride = BLOCKS // len(prompt)
-    policy: LeafFirstLru[BlockId] = LeafFirstLru()
+    policy: FairShare[BlockId] = FairShare(LeafFirstLru)
     batch: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
     for n in range(BLOCKS):
         new = next(ours, None) if n % stride == 0 else None
@@ -100,7 +101,7 @@ def _fill(index: Index, prompt: Sequence[NewBlock]) -> LeafFirstLru[BlockId]:
             new = NewBlock(BlockId(os.urandom(32)), BlockId(os.urandom(32)), 0, Tokens(os.urandom(1024)))
         extent = Extent(n // 80, 4096 + n % 80 * RECORD_BYTES, RECORD_BYTES)
         entry = IndexEntry(extent, 3 * 2**20, len(new.tokens), new.start, new.parent, LastUse(n))
-        policy.add(new.block, new.parent, new.start)
+        policy.add("default", new.block, new.parent, new.start)
         batch[new.block] = (entry, new.tokens)
         if len(batch) == _BATCH:
             index.apply(Changes(added=batch))

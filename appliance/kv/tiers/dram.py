@@ -23,7 +23,7 @@ import psutil
 
 from appliance.errors import ConfigError
 from appliance.kv.base import PoolShape
-from appliance.kv.policy import EvictionPolicy
+from appliance.kv.fair import FairShare
 from appliance.kv.tiers.files import tier_error
 from appliance.security.seal import wipe
 from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
@@ -138,7 +138,7 @@ class Entry:
 class DramTable:
     """Which block is in which slot, and which go first."""
 
-    def __init__(self, pool: DramPool, shape: PoolShape, policy: EvictionPolicy[BlockId]) -> None:
+    def __init__(self, pool: DramPool, shape: PoolShape, policy: FairShare[BlockId]) -> None:
         self._pool = pool
         self.slots = shape.slots
         self._slot_bytes = shape.slot_bytes
@@ -196,7 +196,7 @@ class DramTable:
         """A slot for a block the pool does not hold; evicts one if none is free. The caller saw has_room()."""
         assert block not in self._entries
         if not self._free:
-            (victim,) = self.policy.evict(1, self._held)
+            (victim,) = self.policy.evict(1, self._held, ns.tenant)
             self.drop(self._entries[victim])
             self.evicted += 1
         slot = self._free.pop()
@@ -208,7 +208,7 @@ class DramTable:
         self._entries[block] = entry
         self._children.setdefault(parent, {})[block] = entry
         self._held.add(block)
-        self.policy.add(block, parent, start)
+        self.policy.add(ns.tenant, block, parent, start)
         return entry
 
     def set_state(self, entry: Entry, state: SlotState) -> None:

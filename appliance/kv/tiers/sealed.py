@@ -144,9 +144,9 @@ class SealedTier:
 
     # --- scanning --------------------------------------------------------------------------------------------------
 
-    def check_superblock(self, info: SegmentInfo) -> None:
-        """IntegrityError if the segment is not this store's."""
-        check_superblock(
+    def check_superblock(self, info: SegmentInfo) -> str:
+        """The tenant whose segment it is; IntegrityError if it is not this store's."""
+        return check_superblock(
             info.head or b"",
             store_uuid=self._keyring.store_uuid,
             segment_id=info.segment,
