@@ -157,8 +157,7 @@ class Below:
         """Forget blocks worth `nbytes` for new ones of `tenant`, or what there is of them; TierFull if there is none."""
         n = -(-nbytes // record_bytes(self._layout, self._layout.block_tokens))
         n = min(n, max(1, len(self.policy) - len(self.loads.reading)))
-        reading = self.loads.reading
-        victims = self.policy.evict(n, reading, tenant) or self.policy.evict(1, reading, tenant)
+        victims = self.policy.evict(n, self.loads.reading, tenant) or self.policy.evict(1, self.loads.reading, tenant)
         if not victims:
             raise TierFull(f"the {self._tier} tier is full and nothing in it can go")
         await self._forget(victims)
@@ -238,6 +237,7 @@ class Below:
 
     def usage(self, pending_blocks: int) -> TierUsage:
         medium = self.sealed.tier.usage()
+        now_us = self._now_us()
         heads = [used_us for block in self.policy.heads() if (used_us := self._last_use_us(block)) is not None]
         oldest_us = min(heads, default=None)
         return TierUsage(
@@ -249,8 +249,8 @@ class Below:
             pending_blocks=pending_blocks,
             state="degraded" if self.loads.breaker.failing or self.stores.failing else "ok",
             notes=(*medium.notes, *self._notes),
-            oldest_s=None if oldest_us is None else max(0, self._now_us() - oldest_us) / 1e6,
-            newest_s=None if oldest_us is None else max(0, self._now_us() - self._newest_us) / 1e6,
+            oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
+            newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
         )
 
     def _stamps(self, used: dict[BlockId, int]) -> dict[BlockId, LastUse]:
