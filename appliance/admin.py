@@ -37,6 +37,7 @@ from appliance.api.control import (
     VerifyRequest,
 )
 from appliance.api.serve import StartProgress
+from appliance.api.trace import TraceEvent, TraceHeader
 from appliance.engine.client import EngineClient
 from appliance.engine.protocol import EngineStats
 from appliance.errors import EngineError, RequestError
@@ -288,6 +289,9 @@ class ApplianceAdmin(Admin):
     async def evict(self, request: EvictRequest) -> EvictResult:
         hbm = Tier(request.tier) is Tier.HBM
         return EvictResult(freed=await self._engine.evict() if hbm else self._store.evict_dram())
+
+    def trace(self) -> AsyncGenerator[TraceHeader | TraceEvent | None, None]:
+        return self._runtime.recorder.listen()
 
     async def tenants(self) -> TenantList:
         return tenants_of(self._keyring)

@@ -30,6 +30,7 @@ from appliance.request import Chunk, Finished, GenerateRequest, Timings
 from appliance.run import Parts, RequestRun
 from appliance.text import TextCalls
 from appliance.totals import Totals
+from appliance.trace import Recorder
 from appliance.turns import GENERATED, Turn, Turns
 from appliance.types import Namespace, Tokens
 
@@ -63,6 +64,7 @@ class _Live:
 
 class Runtime:
     def __init__(self, engine: EngineClient, store: KVStore, cost: CostModel, limits: Limits) -> None:
+        self.recorder = Recorder(store, engine.info.layout, cost)
         self.engine = engine
         self.store = store
         self.cost = cost
@@ -168,6 +170,7 @@ class Runtime:
                 self._waits(request, run.sequence)
             self.turns.leave(turn)
             await run.write_behind()
+            self.recorder.finished(request, run.sequence)
         except KvctlError as error:
             if reply.ended:
                 log.warning("after the answer: %s", error)

@@ -16,7 +16,21 @@ import typer
 
 from appliance import __version__
 from appliance.errors import KvctlError
-from kvctl.commands import bench, chat, demo, init, inspect, model, prefetch, serve, status, tenant, verify
+from kvctl.commands import (
+    bench,
+    chat,
+    demo,
+    init,
+    inspect,
+    model,
+    prefetch,
+    serve,
+    simulate,
+    status,
+    tenant,
+    trace,
+    verify,
+)
 from kvctl.diagnostics import ExitCode, exit_code, mute, say
 from kvctl.options import Globals, Home, Json
 
@@ -60,6 +74,8 @@ app.command()(chat.chat)
 app.command()(inspect.inspect)
 app.command()(prefetch.prefetch)
 app.command()(verify.verify)
+app.add_typer(trace.app, name="trace")
+app.command()(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
 

@@ -22,6 +22,7 @@ import tomli
 from pydantic import BaseModel, ValidationError
 
 from appliance.api import control
+from appliance.api.trace import TraceEvent, TraceHeader
 from appliance.config import admin_socket, client_file
 from appliance.errors import KeyringError, NotInitialised, NotRunning, Overloaded, RequestError, UsageError
 from kvctl.diagnostics import ApiError
@@ -55,7 +56,7 @@ class _Client:
             return _json(response.text)
 
     def _lines(
-        self, method: str, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
     ) -> Iterator[str]:
         with self._open(method, path, body, headers) as response:
             yield from response.iter_lines()
@@ -141,6 +142,13 @@ class AdminClient(_Client):
     def evict(self, tier: Literal["hbm", "dram"]) -> control.EvictResult:
         request = control.EvictRequest(tier=tier)
         return _parse(control.EvictResult, self._request("POST", "/v1/admin/evict", request.model_dump()))
+
+    def trace(self) -> Iterator[TraceHeader | TraceEvent | None]:
+        """A header, then each request that ends; None each second without one."""
+        kind: type[TraceHeader] | type[TraceEvent] = TraceHeader
+        for line in self._lines("GET", "/v1/admin/trace"):
+            yield _parse(kind, _or_error(_json(line))) if line else None
+            kind = TraceEvent
 
     def tenants(self) -> control.TenantList:
         return _parse(control.TenantList, self._request("GET", "/v1/admin/tenants"))

@@ -6,6 +6,7 @@
   POST /v1/admin/prefetch   PrefetchRequest lines of PrefetchProgress, the last with done=true
   POST /v1/admin/verify     VerifyRequest   lines of VerifyProgress, the last with report
   POST /v1/admin/evict      EvictRequest    EvictResult
+  GET  /v1/admin/trace                      lines of api/trace.py, a header first; an empty line is a sign of life
   GET  /v1/admin/tenants                    TenantList
   POST /v1/admin/tenants    TenantAdd       TenantAdded
 

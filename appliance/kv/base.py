@@ -110,6 +110,10 @@ class KVStore(ABC):
         """h0 of the namespace (FORMAT.md section 2): the opaque namespace id given to the engine."""
 
     @abstractmethod
+    def names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
+        """Ids of the full blocks of a sequence, in order, stored or not."""
+
+    @abstractmethod
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
         """Longest stored prefix, to the token. No side effects: not even recency changes."""
 

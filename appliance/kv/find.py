@@ -32,6 +32,9 @@ class Finder:
     def root(self, ns: Namespace) -> bytes:
         return chain_root(self.hash_key(ns), ns, self._fingerprint, self._layout.block_tokens)
 
+    def names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
+        return self._names(ns, tokens)[1:]
+
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
         size = self._layout.block_tokens
         names = self._names(ns, tokens)

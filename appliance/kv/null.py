@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from appliance.api.control import VerifyProgress
 from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
-from appliance.kv.keys import chain_root
+from appliance.kv.keys import chain, chain_root
 from appliance.security.keyring import Keyring
-from appliance.types import BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
+from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
 
 
 class NullStore(KVStore):
@@ -26,6 +26,10 @@ class NullStore(KVStore):
     def root(self, ns: Namespace) -> bytes:
         hash_key = self._keyring.tenant(ns.tenant).hash_key
         return chain_root(hash_key, ns, self._fingerprint, self._layout.block_tokens)
+
+    def names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
+        hash_key = self._keyring.tenant(ns.tenant).hash_key
+        return chain(hash_key, self.root(ns), tokens, self._layout.block_tokens)
 
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
         return Lookup(())

@@ -89,6 +89,9 @@ class TieredStore(KVStore):
     def root(self, ns: Namespace) -> bytes:
         return self._finder.root(ns)
 
+    def names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
+        return self._finder.names(ns, tokens)
+
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
         return self._finder.lookup(ns, tokens)
 

@@ -58,6 +58,10 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     async def evict(request: Request) -> Response:
         return _json(await admin.evict(await read_request(request, EvictRequest, max_body_bytes)))
 
+    @routes.get("/trace")
+    async def trace() -> Response:
+        return json_lines(_lines(admin.trace()))
+
     @routes.get("/tenants")
     async def tenants() -> Response:
         return _json(await admin.tenants())
@@ -73,10 +77,11 @@ def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-async def _lines(source: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[bytes, None]:
+async def _lines(source: AsyncGenerator[BaseModel | None, None]) -> AsyncGenerator[bytes, None]:
+    """None is an empty line: a sign of life."""
     async with aclosing(source):
         async for item in source:
-            yield item.model_dump_json().encode() + b"\n"
+            yield (b"" if item is None else item.model_dump_json().encode()) + b"\n"
 
 
 def _normalised(ref: RefT) -> RefT:

@@ -24,6 +24,7 @@ from appliance.api.control import (
     VerifyProgress,
     VerifyRequest,
 )
+from appliance.api.trace import TraceEvent, TraceHeader
 from appliance.chat.tools import ToolFormat
 from appliance.runtime import Runtime
 from appliance.server.metrics import Metrics
@@ -90,6 +91,10 @@ class Admin(ABC):
 
     @abstractmethod
     async def evict(self, request: EvictRequest) -> EvictResult: ...
+
+    @abstractmethod
+    def trace(self) -> AsyncGenerator[TraceHeader | TraceEvent | None, None]:
+        """A header, then each request that ends; None while none does. Closed when the caller goes away."""
 
     @abstractmethod
     async def tenants(self) -> TenantList: ...

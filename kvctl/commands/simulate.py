@@ -36,7 +36,7 @@ def simulate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What other sizes or another eviction policy would have done for this box.
+    """Replay a trace against other sizes and eviction policies.
 
     Every combination of the sizes and policies given is replayed in one pass over the trace.
     """

@@ -29,6 +29,7 @@ from appliance.api.control import (
     VerifyReport,
     VerifyRequest,
 )
+from appliance.api.trace import TraceHeader
 from appliance.chat.tools import ToolFormat
 from appliance.errors import StateError
 from appliance.plan.planner import Alternative, Decision
@@ -212,6 +213,12 @@ class FakeAdmin(Admin):
 
     async def store(self) -> StoreOverview:
         return StoreOverview(model=MODEL.id, kv_mode="rows", block_tokens=256, kv_bytes_per_token=8, tiers=[], notes=[])
+
+    async def trace(self) -> AsyncIterator[TraceHeader | None]:  # type: ignore[override]
+        yield TraceHeader(
+            started="now", block_tokens=4, block_bytes=8, prefill_token_s=1.0, prefill_depth_s=0.0, bytes_per_s={}
+        )
+        yield None
 
     async def inspect(self, prompt: PromptRef) -> PromptInspection:
         self.prompts.append(prompt)
