@@ -62,3 +62,5 @@ class Finished:
     """KV bytes restored from lower tiers."""
     staged_ahead: int = 0
     """Prompt tokens brought into DRAM while it waited; `sources` says from where."""
+    stop: str | None = None
+    """The stop string that ended it. Content: for the client only."""

@@ -174,6 +174,7 @@ class RequestRun:
             decision=self._decision,
             loaded_bytes=self._load.nbytes,
             staged_ahead=self._staged_ahead.tokens,
+            stop=done.stop,
         )
 
     async def park(self) -> None:

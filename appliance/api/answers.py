@@ -6,6 +6,7 @@ Invariant: a field is sent when it was set, and only then: null is a value, abse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -158,17 +159,25 @@ class EmbeddingList(Body):
 
 
 class Model(Body):
+    """As OpenAI's clients know it, then what Anthropic's look for."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
     """Tokens of prompt and completion together (vLLM's name)."""
+    type: Literal["model"]
+    display_name: str
+    created_at: datetime
 
 
 class ModelList(Body):
     object: Literal["list"]
     data: list[Model]
+    first_id: str
+    last_id: str
+    has_more: bool
 
 
 class TokenList(Body):

@@ -91,14 +91,17 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def _schema(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if value is None else shallow(value, MAX_SCHEMA_DEPTH)
+def _shallow(value: dict[str, Any]) -> dict[str, Any]:
+    return shallow(value, MAX_SCHEMA_DEPTH)
+
+
+ShallowObject = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class DefinedFunction(Request):
     name: ToolName
     description: str | None = None
-    parameters: Annotated[dict[str, Any] | None, AfterValidator(_schema)] = None
+    parameters: ShallowObject | None = None
     strict: bool | None = None
 
 

@@ -40,6 +40,8 @@ class Done:
     decode_s: float
     kv_tokens: int
     """Leading tokens of prompt + completion whose KV is in cells and can be exported. The last sampled token has none."""
+    stop: str | None = None
+    """The stop string that ended it."""
 
 
 @dataclass(frozen=True)

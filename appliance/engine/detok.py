@@ -18,6 +18,8 @@ class TextStream:
         self._held = ""
         self.stopped = False
         """A stop string was completed: everything before it has been given out."""
+        self.stop: str | None = None
+        """Which one."""
 
     def feed(self, data: bytes) -> str:
         return self._scan(self._decoder.decode(data))
@@ -35,7 +37,9 @@ class TextStream:
         found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]  # the one completed first; of those, the longest
+            end, start = min(found)  # the one completed first; of those, the longest
+            self.stop = text[start:end]
+            return text[:start]
         free = min((_tail_start(text, s) for s in self._stop), default=len(text))
         self._held = text[free:]
         return text[:free]

@@ -44,7 +44,7 @@ Engine -> control, unasked:
              the prompt's KV is complete: it may be exported
   {"event": "tokens", "request", "ids": u32le bytes, "text": str, "logprobs": [[token, logprob, [[token, logprob], ...]], ...] | nil}
              text is whole UTF-8 characters only; held back while it may be the start of a stop string
-  {"event": "done", "request", "reason", "completion_tokens", "decode_s", "kv_tokens"}
+  {"event": "done", "request", "reason", "completion_tokens", "decode_s", "kv_tokens", "stop"}
   {"event": "preempted", "request", "kv_tokens"}
              the run has ended for now; what is in cells stays, and may be exported, until `park`
   {"event": "failed", "request", "message", "refused"}

@@ -262,6 +262,7 @@ class Roster:
                 completion_tokens=request.completion_tokens,
                 decode_s=now_s - request.prefilled_s if request.prefilled_s else 0.0,
                 kv_tokens=request.sequence.length if request.sequence else 0,
+                stop=request.text.stop,
             ),
         )
 

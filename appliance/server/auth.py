@@ -18,11 +18,11 @@ def require_key(authenticate: Callable[[str], str | None]) -> Callable[[Request]
     """A dependency that puts the tenant into `request.state.tenant` or answers 401."""
 
     async def check(request: Request) -> None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
+        key = _key(request)
+        if not key:
             raise RequestError(
-                "no API key given; send it as `Authorization: Bearer KEY` (`kvctl init` and `kvctl tenant add` make one)",
+                "no API key given; send it as `Authorization: Bearer KEY` or `x-api-key: KEY` (`kvctl init` and"
+                " `kvctl tenant add` make one)",
                 code="missing_api_key",
                 status=401,
             )
@@ -32,6 +32,12 @@ def require_key(authenticate: Callable[[str], str | None]) -> Callable[[Request]
         request.state.tenant = tenant
 
     return check
+
+
+def _key(request: Request) -> str:
+    """As OpenAI's clients send it, or else as Anthropic's do."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return (key if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip()
 
 
 def require_tenant(name: str) -> Callable[[Request], Awaitable[None]]:

@@ -1,6 +1,6 @@
 """The outermost layer of both apps: request ids, the last resort for unexpected exceptions, response counts.
 
-Invariant: every response carries `x-request-id`, and no exception passes to the web server, which would log its message.
+Invariant: every response carries `x-request-id` (Anthropic's clients: `request-id`), and no exception passes to the web server, which would log its message.
 Event loop only.
 """
 
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.errors import Overloaded
@@ -34,7 +34,8 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id
                 self._responded(message["status"])
             await send(message)
 
@@ -47,8 +48,8 @@ class Edge:
                 stopped = Overloaded(
                     "the appliance is stopping: this request was not finished", retry_after_s=10, status=503
                 )
-                await describe(stopped, request_id).response()(scope, receive, tagged)
+                await describe(stopped, request_id).response(Request(scope))(scope, receive, tagged)
         except Exception as error:  # noqa: BLE001  the last resort: describe() logs it without content
             problem = describe(error, request_id)
             if not started:
-                await problem.response()(scope, receive, tagged)
+                await problem.response(Request(scope))(scope, receive, tagged)

@@ -1,4 +1,4 @@
-"""Errors as clients see them: the OpenAI shape, an HTTP status, and a sentence that says what to change.
+"""Errors as clients see them: OpenAI's shape or Anthropic's, an HTTP status, and a sentence that says what to change.
 
 Invariant: only messages of our own exception tree leave the process; they carry no content. Anything else is
 "internal error" to the client and an exception type with code locations in the log. Event loop only.
@@ -23,6 +23,17 @@ from appliance.errors import EngineDied, KvctlError, Overloaded, RequestError, S
 log = logging.getLogger(__name__)
 
 
+_ANTHROPIC_KINDS = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_TIMEOUT: "timeout_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
+
+
 @dataclass(frozen=True)
 class ApiError:
     status: int
@@ -41,8 +52,18 @@ class ApiError:
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
-    def response(self) -> Response:
-        return Response(self.to_json(), self.status, headers=dict(self.headers), media_type="application/json")
+    def to_anthropic_json(self, request_id: str) -> bytes:
+        kind = _ANTHROPIC_KINDS.get(
+            HTTPStatus(self.status), "invalid_request_error" if self.status < 500 else "api_error"
+        )
+        error = {"type": kind, "message": self.message}
+        return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
+
+    def response(self, request: Request) -> Response:
+        """In the shape that its client knows."""
+        anthropic = request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
+        body = self.to_anthropic_json(request.state.request_id) if anthropic else self.to_json()
+        return Response(body, self.status, headers=dict(self.headers), media_type="application/json")
 
 
 def describe(error: Exception, request_id: str) -> ApiError:
@@ -80,7 +101,7 @@ def _http(error: HTTPException) -> ApiError:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    return describe(error, request.state.request_id).response()
+    return describe(error, request.state.request_id).response(request)
 
 
 def install(app: FastAPI) -> None:

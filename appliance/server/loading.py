@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -35,7 +36,7 @@ def _app(known: Callable[[str], Response | None], now: Callable[[], Loading]) ->
         response = known(scope["path"])
         if response is None:
             error = Overloaded(f"the appliance is {now().progress}", retry_after_s=RETRY_AFTER_S, status=503)
-            response = describe(error, scope["state"]["request_id"]).response()
+            response = describe(error, scope["state"]["request_id"]).response(Request(scope))
         await response(scope, receive, send)
 
     return Edge(answer, responded=lambda status: None)

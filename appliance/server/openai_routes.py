@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter
@@ -85,7 +86,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/models")
     async def models() -> Response:
-        return json_response(ModelList(object="list", data=[card]))
+        return json_response(ModelList(object="list", data=[card], first_id=card.id, last_id=card.id, has_more=False))
 
     @routes.get("/models/{name:path}")
     async def model(name: str) -> Response:
@@ -97,7 +98,14 @@ def router(service: Service) -> APIRouter:
 
 def _card(model: ServedModel) -> Model:
     return Model(
-        id=model.id, object="model", created=model.created, owned_by="kvctl", max_model_len=model.context_tokens
+        id=model.id,
+        object="model",
+        created=model.created,
+        owned_by="kvctl",
+        max_model_len=model.context_tokens,
+        type="model",
+        display_name=model.description,
+        created_at=datetime.fromtimestamp(model.created, timezone.utc),
     )
 
 

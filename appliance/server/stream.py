@@ -74,6 +74,10 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 def event_stream(source: AsyncGenerator[bytes, None]) -> Streamed:
     return Streamed(source, "text/event-stream", lambda error: b"event: error\n" + event(error.to_json()))
 

@@ -1,4 +1,4 @@
-"""Whatever JSON comes in, the answer is 200 or a 4xx in the OpenAI shape: never a 5xx."""
+"""Whatever JSON comes in, the answer is 200 or a 4xx in the shape of its API: never a 5xx."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appliance.api.anthropic import MessagesRequest
 from appliance.api.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from appliance.server.app import public_app
 from tests.support.fake_runtime import FakeRuntime, service
@@ -19,9 +20,24 @@ LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_
 ANY = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
 )
+BLOCKS = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "tool_use", "tool_result", "thinking", "image"])},
+        optional={
+            "text": ANY,
+            "id": ANY,
+            "name": ANY,
+            "input": ANY,
+            "tool_use_id": ANY,
+            "content": ANY,
+            "cache_control": ANY,
+        },
+    ),
+    max_size=3,
+)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": ANY},
+        {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": ANY | BLOCKS},
         optional={"tool_calls": ANY, "tool_call_id": ANY},
     ),
     max_size=3,
@@ -51,11 +67,13 @@ FORM = st.fixed_dictionaries(
 VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
     "/v1/embeddings": {"input": "hi"},
 }
 FIELDS = {
     "/v1/chat/completions": sorted(ChatRequest.model_fields),
     "/v1/completions": sorted(CompletionRequest.model_fields),
+    "/v1/messages": sorted(MessagesRequest.model_fields),
     "/v1/embeddings": sorted(EmbeddingRequest.model_fields),
 }
 
@@ -87,4 +105,5 @@ async def test_never_a_server_error(path: str, data: st.DataObject) -> None:
         response = await client.post(path, content=body)
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        keys = {"message", "type"} if path == "/v1/messages" else {"message", "type", "param", "code"}
+        assert set(response.json()["error"]) == keys

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import pytest
 
-from appliance.server import listen
-from appliance.server.app import admin_app, public_app
-from tests.support.fake_runtime import COMPLETION, MODEL, FakeAdmin, FakeRuntime, service
+from tests.support.fake_runtime import COMPLETION, MODEL, FakeRuntime
+from tests.support.listening import listening
 
 THREADS = 8
 
 
 @pytest.fixture(scope="module")
 def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    started = threading.Event()
-    urls: list[str] = []
-    stops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    async def serve(path: Path) -> None:
-        served = service(FakeRuntime())
-        bound = listen.bind("127.0.0.1", 0, path)
-        listener = listen.Listener(bound, public_app(served), admin_app(served, FakeAdmin()))
-        await listener.start()
-        stop = asyncio.Event()
-        stops.append((asyncio.get_running_loop(), stop))
-        urls.append(bound.base_url)
-        started.set()
-        await stop.wait()
-        await listener.stop(5)
-
-    path = tmp_path_factory.mktemp("home") / "kvctl.sock"
-    thread = threading.Thread(target=lambda: asyncio.run(serve(path)))
-    thread.start()
-    assert started.wait(20)
-    yield urls[0]
-    loop, stop = stops[0]
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
+    with listening(tmp_path_factory.mktemp("home") / "kvctl.sock", FakeRuntime()) as url:
+        yield url
 
 
 @pytest.fixture

@@ -86,7 +86,10 @@ class FakeRuntime:
         self.error: Exception | None = None
         self.error_after = 0
         self.hold_after: int | None = None
+        self.errors_left: int | None = None
+        """How often `error` is raised; None: always."""
         self.reason: FinishReason | None = None
+        self.stop: str | None = None
         self.completion = COMPLETION
         self.interfere: Callable[[], Awaitable[object]] = partial(asyncio.sleep, 0)
 
@@ -133,6 +136,7 @@ class FakeRuntime:
                 Timings(queue_ms=1.0, load_ms=2.0, prompt_ms=10.0, predicted_ms=20.0, ttft_ms=11.0),
                 Decision(8, "load", Alternative(8, 0.002, 0.008), Alternative(0, 0.0, 0.5)),
                 loaded_bytes=64,
+                stop=self.stop,
             )
         finally:
             self.ended.set()
@@ -140,7 +144,8 @@ class FakeRuntime:
                 self.closed.append(request.request_id)
 
     async def _interfere(self, n: int) -> None:
-        if self.error is not None and n >= self.error_after:
+        if self.error is not None and n >= self.error_after and self.errors_left != 0:
+            self.errors_left = None if self.errors_left is None else self.errors_left - 1
             raise self.error
         if n == self.hold_after:
             await asyncio.Event().wait()
