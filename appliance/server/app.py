@@ -9,7 +9,15 @@ from __future__ import annotations
 from fastapi import Depends, FastAPI
 from fastapi.telemetry import TelemetryConfig
 
-from appliance.server import admin_routes, anthropic_routes, embedding_routes, errors, llama_routes, openai_routes
+from appliance.server import (
+    admin_routes,
+    anthropic_routes,
+    embedding_routes,
+    errors,
+    llama_routes,
+    openai_routes,
+    responses_routes,
+)
 from appliance.server.auth import require_key, require_tenant
 from appliance.server.base import Admin, Service
 from appliance.server.edge import Edge
@@ -24,6 +32,7 @@ def public_app(service: Service) -> FastAPI:
     keyed = [Depends(require_key(service.authenticate))]
     app.include_router(openai_routes.router(service), dependencies=keyed)
     app.include_router(anthropic_routes.router(service), dependencies=keyed)
+    app.include_router(responses_routes.router(service), dependencies=keyed)
     app.include_router(embedding_routes.router(service), dependencies=keyed)
     app.include_router(llama_routes.router(service), dependencies=keyed)
     operators = [*keyed, Depends(require_tenant(service.operator))]

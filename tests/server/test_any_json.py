@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from appliance.api.anthropic import MessagesRequest
 from appliance.api.openai import ChatRequest, CompletionRequest, EmbeddingRequest
+from appliance.api.responses import ResponsesRequest
 from appliance.server.app import public_app
 from tests.support.fake_runtime import FakeRuntime, service
 
@@ -68,12 +69,14 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
     "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+    "/v1/responses": {"input": "hi"},
     "/v1/embeddings": {"input": "hi"},
 }
 FIELDS = {
     "/v1/chat/completions": sorted(ChatRequest.model_fields),
     "/v1/completions": sorted(CompletionRequest.model_fields),
     "/v1/messages": sorted(MessagesRequest.model_fields),
+    "/v1/responses": sorted(ResponsesRequest.model_fields),
     "/v1/embeddings": sorted(EmbeddingRequest.model_fields),
 }
 

@@ -18,6 +18,7 @@ HELLO = {"messages": [{"role": "user", "content": "canary-prompt"}]}
 KEYED = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
     ("POST", "/v1/embeddings"),
