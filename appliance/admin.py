@@ -24,6 +24,7 @@ from appliance.api.control import (
     PrefetchRequest,
     PromptInspection,
     PromptRef,
+    RequestList,
     Span,
     Status,
     StoreOverview,
@@ -41,6 +42,7 @@ from appliance.api.trace import TraceEvent, TraceHeader
 from appliance.engine.client import EngineClient
 from appliance.engine.protocol import EngineStats
 from appliance.errors import EngineError, RequestError
+from appliance.explain import accuracy_counters, estimates, requests
 from appliance.kv.base import KVStore
 from appliance.look import inspect
 from appliance.ops.tenants import tenants_of
@@ -130,6 +132,7 @@ class ApplianceAdmin(Admin):
             ),
             tiers=[_tier_status(usage) for usage in self._tiers(stats)],
             totals=self._totals(),
+            estimates=estimates(self._runtime.history),
         )
 
     def _totals(self) -> Totals:
@@ -168,6 +171,7 @@ class ApplianceAdmin(Admin):
             "staged_ahead_tokens_total": float(totals.staged_ahead_tokens),
             "preemptions_total": float(totals.preemptions),
             "requeued_requests_total": float(totals.requeued),
+            **accuracy_counters(self._runtime.history),
             **self._store.counters(),
             "engine_restarts_total": float(self._engine.generation - 1),
             "resident_evictions_total": float(stats.resident_evictions),
@@ -229,6 +233,9 @@ class ApplianceAdmin(Admin):
         return max(0, resident - info.weight_bytes - info.cell_bytes)
 
     # --- prompts -------------------------------------------------------------------------------------------------
+
+    async def requests(self, call_id: str | None) -> RequestList:
+        return requests(self._runtime.history, call_id)
 
     async def inspect(self, prompt: PromptRef) -> PromptInspection:
         tokens = await self._tokens(prompt)

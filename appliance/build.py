@@ -159,7 +159,9 @@ async def _start(
     stack.push_async_callback(store.close)
     if store.pool is not None:
         await engine.attach_pool(store.pool.slot_bytes, store.pool.slots)
-    limits = Limits(profile.server.max_running, profile.server.max_queue, profile.kv.store_completions)
+    limits = Limits(
+        profile.server.max_running, profile.server.max_queue, profile.kv.store_completions, profile.engine.prefill_share
+    )
     runtime = Runtime(engine, store, cost, limits)
     admin = ApplianceAdmin(runtime, keyring, place)
     return runtime, admin, _service(profile, runtime, admin, keyring, info, before)

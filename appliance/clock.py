@@ -15,6 +15,10 @@ class Clock:
     def __init__(self, arrived_s: float) -> None:
         """All times are those of time.perf_counter()."""
         self.load_s = 0.0
+        self.compute_s = 0.0
+        """Of the engine's steps that computed its prompt."""
+        self.beside_s = 0.0
+        """Of compute_s: while blocks were loaded."""
         self.paused_s = 0.0
         self._arrived_s = arrived_s
         self._admitted_s: float | None = None
@@ -58,4 +62,6 @@ class Clock:
             ttft_ms=(self._first_token_s - self._arrived_s) * 1e3,
             staged_ahead_ms=staged_ahead_s * 1e3,
             paused_ms=self.paused_s * 1e3,
+            compute_ms=self.compute_s * 1e3,
+            service_ms=(self.load_s + self.compute_s - self.beside_s) * 1e3,
         )

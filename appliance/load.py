@@ -32,6 +32,8 @@ class Load:
     def __init__(self, engine: EngineClient, store: KVStore, request: GenerateRequest, sources: Sources) -> None:
         self.nbytes = 0
         """KV bytes restored."""
+        self.by_tier: dict[Tier, int] = {}
+        """The same, by where they were."""
         self.present = 0
         """Leading tokens that are in cells."""
         self._engine = engine
@@ -68,5 +70,6 @@ class Load:
             self._store.unpin(staged)
         for hit in staged.hits:
             self._sources.reached(hit.start + hit.use_tokens, tiers.get(hit.block, hit.tier))
+            self.by_tier[hit.tier] = self.by_tier.get(hit.tier, 0) + hit.payload_bytes
         self.nbytes += staged.nbytes
         return True

@@ -47,6 +47,10 @@ class Timings:
     """Of queue_ms: what staging took that its load did not have to wait for."""
     paused_ms: float = 0.0
     """It was preempted for so long; in ttft_ms and in no other time."""
+    compute_ms: float = 0.0
+    """Of the engine's steps that computed this prompt, others' rows in them included."""
+    service_ms: float = 0.0
+    """Load and compute, at once where they were: what its first token cost, without waiting for others."""
 
 
 @dataclass(frozen=True)

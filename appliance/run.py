@@ -5,6 +5,7 @@ Invariant: what begin() pinned in the engine is released, whichever way the requ
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,8 @@ from appliance.clock import Clock
 from appliance.engine.client import Computed, Done, EngineClient, NewTokens, Preempted, Prefilled
 from appliance.errors import EngineDied, EngineError, Overloaded, RestoreError
 from appliance.export import Exporter
-from appliance.kv.base import KVStore
+from appliance.going import Going
+from appliance.kv.base import Hit, KVStore
 from appliance.load import Load
 from appliance.plan.cost import CostModel
 from appliance.plan.planner import Decision, decide
@@ -33,6 +35,7 @@ class Parts:
     store: KVStore
     cost: CostModel
     ahead: Ahead
+    going: Going
     store_completions: bool
 
 
@@ -47,6 +50,7 @@ class RequestRun:
         self._store = parts.store
         self._cost = parts.cost
         self._ahead = parts.ahead
+        self._going = parts.going
         self._store_completions = parts.store_completions
         self._clock = Clock(arrived_s)
         self.generation: int | None = None
@@ -88,16 +92,14 @@ class RequestRun:
         self._load.present = present
         self._sources.reached(present, Tier.HBM)
 
-    async def load(self, alone: Callable[[], bool]) -> int:
-        """Stage and restore what the planner chose; returns the tokens that are left to compute.
-
-        `alone` says whether no other request runs: else the time it took says nothing about the tier.
-        """
+    async def load(self) -> int:
+        """Stage and restore what the planner chose, computing the front meanwhile if it chose that; returns the tokens
+        that are left to compute."""
         tokens, present = self.sequence, self._load.present
-        was_alone = alone()
+        traffic = self._going.beside(self._id)
         hits = self._store.lookup(self.request.ns, tokens).hits
         self._store.touch(hits)  # what is resident, or computed anew, is not staged and yet used
-        decision = decide(len(tokens), present, pieces_of(hits), self._cost)
+        decision = decide(len(tokens), present, pieces_of(hits), self._cost, traffic)
         if self._decision is None:
             self._decision = decision
         to_stage = wanted(hits, present, decision)
@@ -106,14 +108,41 @@ class RequestRun:
         staged_ahead = self._ahead.leave(self._id)  # the load pins what was held before anything else runs
         self._staged_ahead += staged_ahead
         if to_stage:
-            nbytes, started_s = self._load.nbytes, time.perf_counter()
-            await self._load.bring(tokens, to_stage, staged_ahead.tiers)
-            seconds = time.perf_counter() - started_s
-            self._clock.load_s += seconds
-            tiers = {hit.tier for hit in to_stage}
-            if len(tiers) == 1 and self._load.nbytes > nbytes and was_alone and alone():
-                self._cost.saw_load(tiers.pop(), self._load.nbytes - nbytes, seconds)
-        return max(len(tokens) - self._load.present, 1)
+            self._going.computes(self._id, decision.front_to - present if decision.front_to else 1)
+            front_s, load_s = await asyncio.gather(
+                self._compute_front(decision.front_to),
+                self._bring(tokens, to_stage, staged_ahead, shared=traffic.shared or bool(decision.front_to)),
+            )
+            self._clock.load_s += load_s
+            self._clock.beside_s += min(front_s, load_s)
+        left = max(len(tokens) - self._load.present, 1)
+        self._going.computes(self._id, left)
+        return left
+
+    async def _bring(self, tokens: Tokens, hits: list[Hit], staged_ahead: StagedAhead, *, shared: bool) -> float:
+        """Seconds it took."""
+        self._load.by_tier, started_s = {}, time.perf_counter()
+        await self._load.bring(tokens, hits, staged_ahead.tiers)
+        seconds = time.perf_counter() - started_s
+        shared = shared or self._going.beside(self._id).shared
+        if self._load.by_tier:
+            self._cost.saw_load(self._load.by_tier, seconds, shared=shared)
+        return seconds
+
+    async def _compute_front(self, stop: int) -> float:
+        """The prompt up to `stop`, while the blocks behind it load; seconds it took. What cannot be done is left to run()."""
+        if not stop:
+            return 0.0
+        started_s = time.perf_counter()
+        self._sources.reached(stop, None)
+        try:
+            present = await self._engine.prefill(self._id, stop)
+        except EngineDied:
+            raise
+        except EngineError:
+            return 0.0
+        self._load.present = max(self._load.present, present)
+        return time.perf_counter() - started_s
 
     async def generate(self, emit: Callable[[Chunk | Finished], None], alone: Callable[[], bool]) -> bool:
         """Run to the last token. False if it was preempted before. `alone` as for load()."""
@@ -129,11 +158,13 @@ class RequestRun:
                 self._export_blocks(event.tokens)
             elif isinstance(event, Prefilled):
                 self._prefilled = self._prefilled or event
+                self._going.decodes(self._id)
                 self._exporter.export(self.request.prompt)
             elif isinstance(event, Preempted):
                 preempted = event
             else:
                 self._done = event
+        self._going.leaves(self._id)
         if preempted is not None:
             self._clock.paused()
             self._kv_tokens = preempted.kv_tokens
@@ -143,8 +174,9 @@ class RequestRun:
             raise EngineError("the engine ended the request without saying why")
         self._clock.token()
         self._kv_tokens = self._done.kv_tokens
-        if self._prefilled and was_alone and alone() and not self._clock.paused_s:
-            self._learn(self._prefilled, self._done)
+        if self._prefilled and not self._clock.paused_s:
+            self._clock.compute_s = self._prefilled.prefill_s
+            self._learn(self._prefilled, self._done, alone=was_alone and alone())
         emit(self._finished(self._done))
         return True
 
@@ -153,11 +185,15 @@ class RequestRun:
         block_tokens = self._engine.info.layout.block_tokens
         self._exporter.export(self.sequence[: computed - computed % block_tokens])
 
-    def _learn(self, prefilled: Prefilled, done: Done) -> None:
-        present, n = self._load.present, len(self.request.prompt)
-        if prefilled.prefill_tokens > 1:
-            self._cost.saw_prefill(min(present, n - 1), n, prefilled.prefill_s)
-        elif prefilled.prefill_s > 0:
+    def _learn(self, prefilled: Prefilled, done: Done, *, alone: bool) -> None:
+        """A prefill tells the same beside others, since only the steps it took part in count; a decode step does not."""
+        n = len(self.request.prompt)
+        present = min(self._load.present, n - 1)
+        if prefilled.prefill_tokens == n - present:  # in one piece, and none of it taken over from others
+            self._cost.saw_prefill(present, n, prefilled.prefill_s)
+        if not alone:
+            return
+        if prefilled.prefill_tokens == 1 and prefilled.prefill_s > 0:
             self._cost.saw_decode(n, prefilled.prefill_s)
         if done.completion_tokens > 1:
             self._cost.saw_decode(n + done.completion_tokens // 2, done.decode_s / (done.completion_tokens - 1))
@@ -194,6 +230,7 @@ class RequestRun:
 
     async def release(self) -> None:
         """The engine first: it answers what it is still exporting."""
+        self._going.leaves(self._id)
         try:
             with suppress(EngineDied):
                 await self._engine.release(self._id)

@@ -21,6 +21,8 @@ from appliance.ahead import Ahead
 from appliance.embed import embed
 from appliance.engine.client import EngineClient
 from appliance.errors import EngineDied, EngineError, KvctlError, Overloaded, frames_of
+from appliance.going import Going
+from appliance.history import History
 from appliance.kv.base import KVStore
 from appliance.plan.cost import CostModel
 from appliance.pressure import Pressure
@@ -44,6 +46,8 @@ class Limits:
     max_running: int
     max_queue: int
     store_completions: bool
+    prefill_share: float = 1.0
+    """Of the engine's time, for prompts, while streams decode."""
 
 
 class _Outcome(Enum):
@@ -69,9 +73,10 @@ class Runtime:
         self.store = store
         self.cost = cost
         self.totals = Totals()
+        self.history = History()
         self.turns = Turns(limits.max_running, limits.max_queue)
         self._ahead = Ahead(engine, store, cost, lambda: (turn.request_id for turn in self.turns.line()))
-        self._parts = Parts(engine, store, cost, self._ahead, limits.store_completions)
+        self._parts = Parts(engine, store, cost, self._ahead, Going(limits.prefill_share), limits.store_completions)
         self._pressure = Pressure(self.turns, lambda request_id: self._spawn(self._preempt(request_id)))
         self._quarantine = Quarantine(engine)
         self._text = TextCalls(engine, self._quarantine)
@@ -205,6 +210,7 @@ class Runtime:
                 self.turns.charge(turn, GENERATED * len(event.tokens))
             elif request.sampling.max_tokens:
                 self.totals.add(len(request.prompt), event)
+                self.history.add(request.request_id, request.ns.tenant, len(request.prompt), event)
             reply.put(event)
 
         content = self._content(request)
@@ -213,7 +219,7 @@ class Runtime:
             try:
                 await run.admit()
                 self.turns.has_cells(turn)
-                self.turns.expect(turn, await run.load(alone))
+                self.turns.expect(turn, await run.load())
                 self.turns.computes(turn)
                 if not await run.generate(emit, alone):
                     await run.park()

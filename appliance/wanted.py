@@ -18,4 +18,8 @@ def pieces_of(hits: Sequence[Hit]) -> list[Piece]:
 
 def wanted(hits: Sequence[Hit], present: int, decision: Decision) -> list[Hit]:
     """What to stage when so many leading tokens are in cells."""
-    return [hit for hit in hits if hit.start + hit.use_tokens > present and hit.start < decision.load_to]
+    return [
+        hit
+        for hit in hits
+        if hit.start + hit.use_tokens > present and decision.front_to <= hit.start < decision.load_to
+    ]

@@ -20,6 +20,7 @@ from kvctl.commands import (
     bench,
     chat,
     demo,
+    explain,
     init,
     inspect,
     model,
@@ -37,7 +38,7 @@ from kvctl.options import Globals, Home, Json
 app = typer.Typer(
     name="kvctl",
     help="A confidential inference appliance: what it read once, it never reads again.",
-    epilog="Exit codes: kvctl exit-codes. Shell completion: kvctl --install-completion.",
+    epilog="See also: kvctl exit-codes; --install-completion for the shell; --debug.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -72,6 +73,7 @@ app.command()(serve.serve)
 app.command()(status.status)
 app.command()(chat.chat)
 app.command()(inspect.inspect)
+app.command()(explain.explain)
 app.command()(prefetch.prefetch)
 app.command()(verify.verify)
 app.add_typer(trace.app, name="trace")
@@ -96,7 +98,7 @@ def _command() -> Any:
     """The whole command line. Help fits 24 lines: what its last line names is not listed above."""
     command = typer.main.get_command(app)
     for option in command.params:
-        option.hidden = option.name in ("install_completion", "show_completion")  # type: ignore[attr-defined]
+        option.hidden = option.name in ("install_completion", "show_completion", "debug")  # type: ignore[attr-defined]
     return command
 
 

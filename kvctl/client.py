@@ -16,6 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 import tomli
@@ -129,6 +130,11 @@ class AdminClient(_Client):
 
     def store(self) -> control.StoreOverview:
         return _parse(control.StoreOverview, self._request("GET", "/v1/admin/store"))
+
+    def requests(self, call_id: str | None = None) -> control.RequestList:
+        """The last ones, or those of one API call. RequestError for one that is not known any more."""
+        path = "/v1/admin/requests" + (f"/{quote(call_id, safe='')}" if call_id else "")
+        return _parse(control.RequestList, self._request("GET", path))
 
     def inspect(self, prompt: control.PromptRef) -> control.PromptInspection:
         return _parse(control.PromptInspection, self._request("POST", "/v1/admin/inspect", prompt.model_dump()))

@@ -46,13 +46,30 @@ class LlamaTimings(Body):
     predicted_per_second: float | None
 
 
+class Way(Body):
+    """One way to a first token, as it was estimated. total_ms also has what other requests take meanwhile."""
+
+    load_to_tokens: int
+    compute_first_tokens: int
+    """Computed from the front while the blocks behind load; 0: nothing is."""
+    load_ms: float
+    compute_ms: float
+    total_ms: float
+
+
 class DecisionTaken(Body):
     """Load or recompute, for one prompt: what was chosen, why, and what the choices were estimated to cost."""
 
+    request: str
+    """For `kvctl explain`."""
     reason: str
     load_to_tokens: int
     estimated_ms: float
+    actual_ms: float
+    """What estimated_ms turned out to be."""
     recompute_ms: float
+    alternatives: dict[str, Way]
+    """The best of each way, by its reason."""
 
 
 class Explanation(Body):

@@ -2,6 +2,8 @@
 
   GET  /v1/admin/status                     Status, or Loading until there is more to tell
   GET  /v1/admin/store                      StoreOverview
+  GET  /v1/admin/requests                   RequestList, the last ones, the newest first
+  GET  /v1/admin/requests/ID                RequestList, one per choice of the call
   POST /v1/admin/inspect    PromptRef       PromptInspection
   POST /v1/admin/prefetch   PrefetchRequest lines of PrefetchProgress, the last with done=true
   POST /v1/admin/verify     VerifyRequest   lines of VerifyProgress, the last with report
@@ -99,6 +101,73 @@ class Totals(Model):
     """Calls to a medium that failed."""
 
 
+class Accuracy(Model):
+    """Estimates against what happened, since start."""
+
+    requests: int
+    close: int
+    """Off by no more than 25 %, or 20 ms."""
+    error_s: float
+    """Sum of what they were off by."""
+    actual_s: float
+
+
+class Estimates(Model):
+    service: Accuracy
+    """Load and compute of a prompt."""
+    first_token: Accuracy
+    """From its cells to its first token, others' work included."""
+
+
+class RequestWay(Model):
+    """One way to a first token, as it was estimated when the request had its cells."""
+
+    load_to_tokens: int
+    compute_first_tokens: int
+    """Computed from the front while the blocks behind load; 0: nothing is."""
+    load_s: float
+    compute_s: float
+    service_s: float
+    """Load and compute, at once where they are."""
+    total_s: float
+    """With what other requests take meanwhile."""
+
+
+class RequestRecord(Model):
+    """What a request was decided to do, what that was expected to take, and what it took."""
+
+    request: str
+    tenant: str
+    ended_s: float
+    """Unix time."""
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: dict[str, int]
+    """Of the prompt, by tier; "computed" is what no tier had, or was not loaded."""
+    loaded_bytes: int
+    decision: str
+    """resident | nothing-stored | load | load-part | both | recompute-is-faster"""
+    alternatives: dict[str, RequestWay]
+    """The best of each way that was open; `decision` is one of them."""
+    recompute_s: float
+    """Estimated, for all that was not in hbm."""
+    queue_s: float
+    staged_ahead_s: float
+    load_s: float
+    compute_s: float
+    service_s: float
+    prompt_s: float
+    """From its cells to its first token."""
+    ttft_s: float
+    generate_s: float
+    paused_s: float
+
+
+class RequestList(Model):
+    requests: list[RequestRecord]
+
+
 class Process(Model):
     """The control process."""
 
@@ -135,6 +204,7 @@ class Status(Process):
     engine: EngineStatus
     tiers: list[TierStatus]
     totals: Totals
+    estimates: Estimates | None = None
 
 
 class TierStore(Model):

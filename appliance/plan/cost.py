@@ -1,12 +1,13 @@
-"""What time costs on this box with this model, learned from what really happened.
+"""What time costs on this box with this model: measured at the first start, learned from what really happens.
 
-Two lines, each fitted by least squares with forgetting:
+Each is a line (line.py):
 
   prefill of positions [a, b)   c0 * (b - a) + c1 * (b*b - a*a) / 2     weights per token, attention per token and depth
   one decode step at depth d    d0 + d1 * d
+  a load of n bytes of a tier   n / rate + latency                      from the tier to the engine's cells
 
-and per tier seconds = bytes / rate, the rate a moving average. Until something was observed the values of the start
-calibration are used; with no rate for a tier, loading from it is assumed to be worth trying once.
+A load beside other requests has a line of its own: the engine moves blocks between their steps. Until something was
+measured, loading from a tier is assumed to be worth trying once.
 
 Invariant: every estimate is finite and >= 0. Threading: event loop only.
 """
@@ -17,50 +18,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from appliance.plan.line import Line
 from appliance.types import Tier
 
-FORGET = 0.98
-"""Weight of the past at each observation: about the last 50 count."""
-RATE_SMOOTHING = 0.2
+LOAD_FORGET = 0.8
+"""Media change faster than compute."""
 FORGIVE = 1.1
 """A tier that was not worth loading from is thought faster by this each time, until it is tried again."""
-MIN_RATE_BYTES = 1 << 20
-"""Smaller loads say more about latency than about rate."""
+MIN_LOAD_BYTES = 64 * 1024
+"""Smaller loads say what the event loop did besides."""
 MIN_PREFILL_TOKENS = 64
-"""The same of prefills: a few tokens cost as much as many."""
-
-
-@dataclass
-class Line:
-    """seconds = slope0 * u + slope1 * v over observations (u, v, seconds), both slopes kept >= 0."""
-
-    slope0: float
-    slope1: float = 0.0
-    uu: float = 0.0
-    uv: float = 0.0
-    vv: float = 0.0
-    us: float = 0.0
-    vs: float = 0.0
-
-    def at(self, u: float, v: float) -> float:
-        return max(0.0, self.slope0 * u + self.slope1 * v)
-
-    def observe(self, u: float, v: float, seconds: float) -> None:
-        """Each observation is scaled by 1/u, so that a long prefill does not outweigh all short ones."""
-        if u <= 0 or seconds <= 0 or not math.isfinite(seconds):
-            return
-        v, seconds = v / u, seconds / u
-        for name, value in (("uu", 1.0), ("uv", v), ("vv", v * v), ("us", seconds), ("vs", v * seconds)):
-            setattr(self, name, FORGET * getattr(self, name) + value)
-        spread = self.uu * self.vv - self.uv * self.uv
-        if spread > 1e-6 * self.uu * self.vv:
-            slope1 = (self.uu * self.vs - self.uv * self.us) / spread
-            slope0 = (self.us - slope1 * self.uv) / self.uu
-            if slope0 >= 0 and slope1 >= 0:
-                self.slope0, self.slope1 = slope0, slope1
-                return
-        # one depth only, or noise that would make a slope negative: keep the depth term, move the constant
-        self.slope0 = max(0.0, (self.us - self.slope1 * self.uv) / self.uu)
+"""Shorter prefills say little of long ones: a few tokens cost as much as many."""
 
 
 @dataclass
@@ -69,12 +37,15 @@ class CostModel:
 
     prefill: Line
     decode: Line
-    rates: dict[Tier, float] = field(default_factory=dict)
-    """Bytes per second from each tier to the engine's cells."""
+    loads: dict[Tier, Line] = field(default_factory=dict)
+    """While no other request runs."""
+    shared_loads: dict[Tier, Line] = field(default_factory=dict)
 
     @classmethod
     def calibrated(cls, prefill_tokens_per_s: float, decode_step_s: float) -> CostModel:
         return cls(Line(1.0 / max(prefill_tokens_per_s, 1e-9)), Line(max(decode_step_s, 0.0)))
+
+    # --- estimates -----------------------------------------------------------------------------------------------
 
     def prefill_s(self, start: int, stop: int) -> float:
         return self.prefill.at(stop - start, (stop * stop - start * start) / 2) if stop > start else 0.0
@@ -82,10 +53,21 @@ class CostModel:
     def decode_s(self, depth: int) -> float:
         return self.decode.at(1, depth)
 
-    def load_s(self, tier: Tier, nbytes: int) -> float:
+    def first_token_s(self, present: int, prompt_tokens: int) -> float:
+        """To compute what is missing, the last token always: a few tokens take as long as a step of one."""
+        present = min(present, prompt_tokens - 1)
+        return max(self.prefill_s(present, prompt_tokens), self.decode_s(prompt_tokens - 1))
+
+    def load_s(self, tier: Tier, nbytes: int, *, shared: bool = False) -> float:
         """0 for a tier never loaded from: unknown is worth a try, and the try is the measurement."""
-        rate = self.rates.get(tier, 0.0)
-        return nbytes / rate if rate > 0 else 0.0
+        line = self._load(tier, shared)
+        return line.at(nbytes, 1.0) if line is not None and nbytes > 0 else 0.0
+
+    def _load(self, tier: Tier, shared: bool) -> Line | None:
+        alone = self.loads.get(tier)
+        return self.shared_loads.get(tier, alone) if shared else alone or self.shared_loads.get(tier)
+
+    # --- observations --------------------------------------------------------------------------------------------
 
     def saw_prefill(self, start: int, stop: int, seconds: float) -> None:
         if stop - start < MIN_PREFILL_TOKENS:
@@ -95,31 +77,50 @@ class CostModel:
     def saw_decode(self, depth: int, step_s: float) -> None:
         self.decode.observe(1, depth, step_s)
 
-    def saw_load(self, tier: Tier, nbytes: int, seconds: float) -> None:
-        if nbytes < MIN_RATE_BYTES or seconds <= 0:
+    def saw_load(self, nbytes: dict[Tier, int], seconds: float, *, shared: bool = False) -> None:
+        """One load of so many bytes of each tier: of several, each is taken to have had its part as it was expected."""
+        if sum(nbytes.values()) < MIN_LOAD_BYTES or seconds <= 0:
             return
-        rate = nbytes / seconds
-        known = self.rates.get(tier)
-        self.rates[tier] = rate if known is None else known + RATE_SMOOTHING * (rate - known)
+        expected = {tier: self.load_s(tier, n, shared=shared) for tier, n in nbytes.items() if n > 0}
+        if not all(expected.values()):
+            expected = {tier: float(nbytes[tier]) for tier in expected}
+        total = sum(expected.values())
+        lines = self.shared_loads if shared else self.loads
+        for tier, part in expected.items():
+            line = lines.get(tier)
+            if line is None:
+                known = self._load(tier, shared)
+                line = Line(known.slope0, known.slope1, LOAD_FORGET) if known else Line(0.0, 0.0, LOAD_FORGET)
+                lines[tier] = line
+            line.observe(nbytes[tier], 1.0, seconds * part / total)
 
     def passed_over(self, tier: Tier) -> None:
         """Its blocks were computed instead, so it could not show what it can do today."""
-        if tier in self.rates:
-            self.rates[tier] *= FORGIVE
+        for lines in (self.loads, self.shared_loads):
+            if tier in lines:
+                lines[tier].forgive(FORGIVE)
+
+    # --- kept between starts -------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         return {
             "prefill": vars(self.prefill),
             "decode": vars(self.decode),
-            "rates": {tier.value: rate for tier, rate in self.rates.items()},
+            "loads": {tier.value: vars(line) for tier, line in self.loads.items()},
+            "shared_loads": {tier.value: vars(line) for tier, line in self.shared_loads.items()},
         }
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> CostModel:
-        """ValueError, KeyError or TypeError when `saved` is not what to_json wrote."""
-        prefill, decode = Line(**saved["prefill"]), Line(**saved["decode"])
-        rates = {Tier(name): float(rate) for name, rate in saved["rates"].items()}
-        numbers = [*vars(prefill).values(), *vars(decode).values(), *rates.values()]
-        if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
-            raise ValueError("a calibration holds finite numbers >= 0")
-        return cls(prefill, decode, rates)
+        """ValueError, KeyError, TypeError or AttributeError when `saved` is not what to_json wrote."""
+        loads, shared_loads = (
+            {Tier(name): _line(line) for name, line in saved[key].items()} for key in ("loads", "shared_loads")
+        )
+        return cls(_line(saved["prefill"]), _line(saved["decode"]), loads, shared_loads)
+
+
+def _line(saved: dict[str, Any]) -> Line:
+    line = Line(**saved)
+    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in vars(line).values()):
+        raise ValueError("a calibration holds finite numbers >= 0")
+    return line

@@ -41,6 +41,14 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     async def store() -> Response:
         return _json(await admin.store())
 
+    @routes.get("/requests")
+    async def requests() -> Response:
+        return _json(await admin.requests(None))
+
+    @routes.get("/requests/{call_id}")
+    async def of_call(call_id: str) -> Response:
+        return _json(await admin.requests(call_id))
+
     @routes.post("/inspect")
     async def inspect(request: Request) -> Response:
         return _json(await admin.inspect(_normalised(await read_request(request, PromptRef, max_body_bytes))))

@@ -16,6 +16,7 @@ from appliance.api.control import (
     PrefetchRequest,
     PromptInspection,
     PromptRef,
+    RequestList,
     Status,
     StoreOverview,
     TenantAdd,
@@ -77,6 +78,10 @@ class Admin(ABC):
 
     @abstractmethod
     async def store(self) -> StoreOverview: ...
+
+    @abstractmethod
+    async def requests(self, call_id: str | None) -> RequestList:
+        """The last ones, or those of one API call. RequestError for one that is not known any more."""
 
     @abstractmethod
     async def inspect(self, prompt: PromptRef) -> PromptInspection: ...

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
-from appliance.api.answers import DecisionTaken, Explanation, LlamaTimings, PromptTokensDetails, Usage
+from appliance.api.answers import DecisionTaken, Explanation, LlamaTimings, PromptTokensDetails, Usage, Way
 from appliance.errors import Overloaded
 from appliance.runtime import Chunk, Finished, GenerateRequest, Runtime
 from appliance.server.metrics import Metrics
@@ -146,21 +146,37 @@ class Tally:
 
     def explanation(self) -> Explanation:
         sources = ("hbm", "dram", "nvme", "remote", "computed")
-        times = ("queue", "staged_ahead", "load", "prompt", "predicted", "paused", "ttft")
+        times = ("queue", "staged_ahead", "load", "compute", "service", "prompt", "predicted", "paused", "ttft")
         return Explanation(
             tokens={name: sum(getattr(f.sources, name) for f in self._leaders) for name in sources},
             timings_ms={name: max(getattr(f.timings, f"{name}_ms") for f in self._leaders) for name in times},
-            decisions=[_decision(finished) for finished in self._leaders],
+            decisions=[
+                _decision(self.batch.requests[index].request_id, finished)
+                for index, finished in sorted(self.finished.items())
+                if self.batch.leads(index)
+            ],
         )
 
 
-def _decision(finished: Finished) -> DecisionTaken:
+def _decision(request_id: str, finished: Finished) -> DecisionTaken:
     decision = finished.decision
     return DecisionTaken(
+        request=request_id,
         reason=decision.reason,
         load_to_tokens=decision.load_to,
         estimated_ms=1000 * decision.chosen.total_s,
+        actual_ms=finished.timings.prompt_ms,
         recompute_ms=1000 * decision.recompute.total_s,
+        alternatives={
+            reason: Way(
+                load_to_tokens=way.load_to,
+                compute_first_tokens=way.front_to,
+                load_ms=1000 * way.load_s,
+                compute_ms=1000 * way.compute_s,
+                total_ms=1000 * way.total_s,
+            )
+            for reason, way in decision.alternatives.items()
+        },
     )
 
 

@@ -107,6 +107,45 @@ STORE = control.StoreOverview(
     notes=[],
 )
 
+EXPLAINED = control.RequestList(
+    requests=[
+        control.RequestRecord(
+            request="chatcmpl-6f-0",
+            tenant="default",
+            ended_s=1.8e9,
+            finish_reason="stop",
+            prompt_tokens=8410,
+            completion_tokens=20,
+            tokens={"hbm": 0, "dram": 0, "nvme": 8192, "remote": 0, "computed": 218},
+            loaded_bytes=8192 * 12288,
+            decision="load",
+            alternatives={
+                "load": control.RequestWay(
+                    load_to_tokens=8192,
+                    compute_first_tokens=0,
+                    load_s=0.1,
+                    compute_s=1.0,
+                    service_s=1.1,
+                    total_s=1.5,
+                ),
+                "recompute-is-faster": control.RequestWay(
+                    load_to_tokens=0, compute_first_tokens=0, load_s=0, compute_s=44, service_s=44, total_s=44
+                ),
+            },
+            recompute_s=44,
+            queue_s=0.2,
+            staged_ahead_s=0,
+            load_s=0.11,
+            compute_s=0.9,
+            service_s=1.01,
+            prompt_s=1.3,
+            ttft_s=1.5,
+            generate_s=0.4,
+            paused_s=0,
+        )
+    ]
+)
+
 INSPECTION = control.PromptInspection(
     prompt_tokens=1000,
     cached_tokens=900,

@@ -75,6 +75,37 @@ def test_inspect_shows_the_store(kvctl: Kvctl, appliance: FakeAppliance) -> None
     assert control.StoreOverview.model_validate(kvctl("inspect", "--json").json) == canned.STORE
 
 
+def test_explain_says_in_words_what_a_request_did(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    appliance.replies["GET /v1/admin/requests/chatcmpl-6f"] = (200, canned.EXPLAINED.model_dump())
+    result = kvctl("explain", "chatcmpl-6f")
+    assert result.code == ExitCode.OK
+    for part in (
+        "to load all that was stored was cheapest",
+        "8,192 from nvme of 8,410 tokens came in 110 ms (est. 100 ms), 96 MiB.",
+        "218 tokens were computed in 900 ms (est. 1.0 s).",
+        "Recomputing would have cost 44.0 s.",
+        "First token after 1.5 s, of it 200 ms in the queue.",
+    ):
+        assert part in result.out
+    assert control.RequestList.model_validate(kvctl("explain", "chatcmpl-6f", "--json").json) == canned.EXPLAINED
+
+
+def test_explain_lists_the_last_requests(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    appliance.replies["GET /v1/admin/requests"] = (200, canned.EXPLAINED.model_dump())
+    row = kvctl("explain").out.splitlines()[-1].split()
+    assert row == ["chatcmpl-6f-0", "load", "8,410", "8,192", "1.5", "s", "1.3", "s", "1.5", "s"]
+
+
+def test_a_request_nobody_knows_is_one_line(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    error = {"error": {"message": "this id is not among the last 2,000 requests that ended"}}
+    appliance.replies["GET /v1/admin/requests/x%2Fy"] = (404, error)
+    result = kvctl("explain", "x/y")
+    assert (result.code, result.complaint) == (
+        ExitCode.USAGE,
+        "this id is not among the last 2,000 requests that ended",
+    )
+
+
 def test_inspect_shows_where_the_tokens_of_a_prompt_are(kvctl: Kvctl, appliance: FakeAppliance, prompt: Path) -> None:
     appliance.replies["POST /v1/admin/inspect"] = (200, canned.INSPECTION.model_dump())
     result = kvctl("inspect", "--prompt-file", str(prompt), "--tenant", "legal")

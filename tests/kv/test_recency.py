@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.ahead import Ahead
+from appliance.going import Going
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import record_bytes
 from appliance.plan.cost import CostModel
@@ -86,9 +87,9 @@ async def test_a_request_that_hbm_serves_says_so(tmp_path: Path) -> None:
             await store.flush(5)
         cost = CostModel.calibrated(prefill_tokens_per_s=100, decode_step_s=0.1)
         engine = Resident()
-        parts = Parts(engine, store, cost, Ahead(engine, store, cost, line=tuple), store_completions=True)
+        parts = Parts(engine, store, cost, Ahead(engine, store, cost, line=tuple), Going(1.0), store_completions=True)
         run = RequestRun(parts, GenerateRequest("r", NS, SHARED, SamplingParams(max_tokens=4)), arrived_s=0.0)
         await run.admit()
-        await run.load(lambda: False)
+        await run.load()
         *_, newest = store._below.policy.oldest_first()
         assert newest == store.lookup(NS, SHARED).hits[0].block

@@ -69,10 +69,15 @@ async def test_explanation_is_opt_in(client: httpx.AsyncClient) -> None:
     answer = await ask(client, {"x-kvctl-explain": "1"}, prompt=[5] * 100)
     assert answer["kvctl"]["tokens"] == {"hbm": 0, "dram": 0, "nvme": 50, "remote": 0, "computed": 50}
     measured = {"queue": 1.0, "load": 2.0, "prompt": 10.0, "predicted": 20.0, "ttft": 11.0}
-    times = {**measured, "staged_ahead": 0.0, "paused": 0.0}
+    times = {**measured, "staged_ahead": 0.0, "paused": 0.0, "compute": 0.0, "service": 0.0}
     assert answer["kvctl"]["timings_ms"] == times
     (decision,) = answer["kvctl"]["decisions"]
-    assert decision == {"reason": "load", "load_to_tokens": 8, "estimated_ms": 10.0, "recompute_ms": 500.0}
+    way = {"load_to_tokens": 8, "compute_first_tokens": 0, "load_ms": 2.0, "compute_ms": 8.0, "total_ms": 10.0}
+    assert decision.pop("request").rpartition("-")[0] == answer["id"]
+    assert decision == {
+        "reason": "load", "load_to_tokens": 8, "estimated_ms": 10.0, "actual_ms": 10.0, "recompute_ms": 500.0,
+        "alternatives": {"load": way},
+    }  # fmt: skip
 
 
 async def test_sampling_parameters_reach_the_runtime(client: httpx.AsyncClient, runtime: FakeRuntime) -> None:

@@ -18,6 +18,7 @@ from appliance.api.control import (
     PrefetchRequest,
     PromptInspection,
     PromptRef,
+    RequestList,
     Status,
     StoreOverview,
     TenantAdd,
@@ -31,7 +32,7 @@ from appliance.api.control import (
 )
 from appliance.api.trace import TraceHeader
 from appliance.chat.tools import ToolFormat
-from appliance.errors import StateError
+from appliance.errors import RequestError, StateError
 from appliance.plan.planner import Alternative, Decision
 from appliance.runtime import Chunk, Finished, GenerateRequest, Timings
 from appliance.server.base import Admin, ServedModel, Service
@@ -40,6 +41,7 @@ from appliance.types import FinishReason, Tier, TierUsage, TokenLogprob, Tokens,
 
 COMPLETION = "Hello wörld!"
 HALF_A_CHARACTER = 999
+LOADED = Alternative(8, 0.002, 0.008)
 KEYS = {"key-of-alice": "alice", "key-of-bob": "bob"}
 MODEL = ServedModel(
     id="fake-1b",
@@ -134,7 +136,7 @@ class FakeRuntime:
                 sent,
                 self._sources(len(request.prompt), first),
                 Timings(queue_ms=1.0, load_ms=2.0, prompt_ms=10.0, predicted_ms=20.0, ttft_ms=11.0),
-                Decision(8, "load", Alternative(8, 0.002, 0.008), Alternative(0, 0.0, 0.5)),
+                Decision(8, "load", LOADED, Alternative(0, 0.0, 0.5), {"load": LOADED}),
                 loaded_bytes=64,
                 stop=self.stop,
             )
@@ -224,6 +226,11 @@ class FakeAdmin(Admin):
             started="now", block_tokens=4, block_bytes=8, prefill_token_s=1.0, prefill_depth_s=0.0, bytes_per_s={}
         )
         yield None
+
+    async def requests(self, call_id: str | None) -> RequestList:
+        if call_id is not None:
+            raise RequestError("no such request", status=404)
+        return RequestList(requests=[])
 
     async def inspect(self, prompt: PromptRef) -> PromptInspection:
         self.prompts.append(prompt)

@@ -51,19 +51,19 @@ def test_slopes_never_turn_negative() -> None:
 def test_calibration_survives_json_and_damage_is_refused() -> None:
     cost = model()
     cost.saw_prefill(0, 2048, 11.0)
-    cost.saw_load(Tier.NVME, 100 * MIB, 0.1)
+    cost.saw_load({Tier.NVME: 100 * MIB}, 0.1)
     again = CostModel.from_json(cost.to_json())
     assert again.prefill_s(0, 5000) == cost.prefill_s(0, 5000)
     assert again.load_s(Tier.NVME, MIB) == cost.load_s(Tier.NVME, MIB)
     broken = cost.to_json()
-    broken["rates"]["nvme"] = -1.0
+    broken["loads"]["nvme"]["slope0"] = -1.0
     with pytest.raises(ValueError, match="finite"):
         CostModel.from_json(broken)
 
 
 def test_everything_stored_is_loaded_when_loading_is_cheaper() -> None:
     cost = model()
-    cost.saw_load(Tier.NVME, 1000 * MIB, 1.0)
+    cost.saw_load({Tier.NVME: 1000 * MIB}, 1.0)
     decision = decide(8193, 0, pieces(32), cost)
     assert (decision.load_to, decision.reason) == (8192, "load")
     assert decision.chosen.total_s < decision.recompute.total_s
@@ -71,14 +71,14 @@ def test_everything_stored_is_loaded_when_loading_is_cheaper() -> None:
 
 def test_a_tier_slower_than_compute_is_not_loaded_from() -> None:
     cost = model()
-    cost.saw_load(Tier.NVME, 10 * MIB, 1000.0)
+    cost.saw_load({Tier.NVME: 10 * MIB}, 1000.0)
     decision = decide(8193, 0, pieces(32), cost)
     assert (decision.load_to, decision.reason) == (0, "recompute-is-faster")
 
 
 def test_a_tier_that_was_slow_once_is_tried_again() -> None:
     cost = model()
-    cost.saw_load(Tier.NVME, 10 * MIB, 1000.0)
+    cost.saw_load({Tier.NVME: 10 * MIB}, 1000.0)
     passed_over = 0
     while decide(8193, 0, pieces(32), cost).reason == "recompute-is-faster":
         cost.passed_over(Tier.NVME)
@@ -97,8 +97,8 @@ def test_a_short_prefill_says_nothing_about_long_ones() -> None:
 
 def test_the_fast_front_is_loaded_and_the_slow_back_computed() -> None:
     cost = model()
-    cost.saw_load(Tier.DRAM, 1000 * MIB, 0.1)
-    cost.saw_load(Tier.NVME, 10 * MIB, 1000.0)
+    cost.saw_load({Tier.DRAM: 1000 * MIB}, 0.1)
+    cost.saw_load({Tier.NVME: 10 * MIB}, 1000.0)
     stored = pieces(8, Tier.DRAM) + [Piece(p.start + 2048, p.stop + 2048, Tier.NVME, p.nbytes) for p in pieces(8)]
     decision = decide(4097, 0, stored, cost)
     assert (decision.load_to, decision.reason) == (2048, "load-part")

@@ -177,17 +177,19 @@ async def test_a_bug_is_logged_without_what_it_says(tmp_path: Path, caplog: pyte
         assert "words" not in caplog.text
 
 
-async def test_a_load_beside_others_teaches_nothing(tmp_path: Path) -> None:
+async def test_a_load_beside_others_teaches_what_loads_beside_others_take(tmp_path: Path) -> None:
     async with running(tmp_path) as runtime:
         tokens = prompt(1, 16 * 7)
         await fill(runtime.store, tokens)
         engine_of(runtime).decoding.shut()
-        runtime.cost.saw_load = lambda *_: pytest.fail("two were running")  # type: ignore[method-assign]
+        shared: list[bool] = []
+        runtime.cost.saw_load = lambda *_, **how: shared.append(how["shared"])  # type: ignore[method-assign]
         asked = [asyncio.ensure_future(answer(runtime, request(f"r{n}", tokens))) for n in range(2)]
         await until(lambda: len(engine_of(runtime).used_slots) >= 14)
         engine_of(runtime).decoding.open()
         for each in asked:
             assert await each
+        assert shared[-1]
 
 
 async def test_who_got_nothing_yet_is_asked_again_after_a_crash(tmp_path: Path) -> None:
