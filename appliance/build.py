@@ -10,32 +10,30 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
-import json
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from appliance.admin import ApplianceAdmin, Place, loading_status
 from appliance.api.control import Loading
 from appliance.api.serve import Draining, ServeEvent, StartProgress, StartReady
+from appliance.calibration import calibrate, learned
 from appliance.config import Profile, admin_socket, client_file
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
 from appliance.engine.proxy import EngineProxy
 from appliance.kv.base import KVStore
 from appliance.kv.null import NullStore
-from appliance.kv.opening import open_store
+from appliance.kv.opening import open_store, store_folder
 from appliance.kv.tiers.dram import DramPool
 from appliance.ops import models, synth
 from appliance.ops.home_lock import only_one
 from appliance.ops.init import follow, key_file
 from appliance.plan.cost import CostModel
 from appliance.runtime import Limits, Runtime
-from appliance.security.files import write_private
 from appliance.security.keyring import Keyring
 from appliance.server import loading
 from appliance.server.app import admin_app, public_app
@@ -154,11 +152,16 @@ async def _start(
     progress(f"loading {model_path.stem}")
     info = await engine.start()
     progress("opening the store")
-    cost = await stack.enter_async_context(_learned(options.home, info))
+    cost, keep = await stack.enter_async_context(learned(options.home, info))
     store = await _open_store(options, keyring, info, pool, cost)
     stack.push_async_callback(store.close)
     if store.pool is not None:
         await engine.attach_pool(store.pool.slot_bytes, store.pool.slots)
+        if keep is not None:
+            nvme = profile.tiers.nvme
+            folder = store_folder(options.home, nvme) if nvme.enabled else None
+            await calibrate(engine, cost, folder, lambda fraction: progress("measuring this box", fraction))
+            await asyncio.to_thread(keep)
     limits = Limits(
         profile.server.max_running, profile.server.max_queue, profile.kv.store_completions, profile.engine.prefill_share
     )
@@ -313,22 +316,3 @@ async def _ready(admin: ApplianceAdmin, home: Path, started_s: float) -> StartRe
         notes=[*status.engine.notes, *(note for tier in status.tiers for note in tier.notes)],
         seconds=time.monotonic() - started_s,
     )
-
-
-@asynccontextmanager
-async def _learned(home: Path, info: EngineInfo) -> AsyncGenerator[CostModel, None]:
-    """The cost model of this model on this box, kept in the home between starts."""
-    path = home / "calibration.json"
-    key = info.fingerprint.digest.hex()
-    saved: dict[str, Any] = {}
-    try:
-        saved.update(json.loads(path.read_text(encoding="utf-8")))
-        cost = CostModel.from_json(saved[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        cost = CostModel.calibrated(info.prefill_tokens_per_s, info.decode_step_s)
-    yield cost
-    saved[key] = cost.to_json()
-    try:
-        write_private(path, json.dumps(saved).encode())
-    except OSError as error:
-        log.warning("calibration not kept: %s", error.strerror)

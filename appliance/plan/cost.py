@@ -54,9 +54,9 @@ class CostModel:
         return self.decode.at(1, depth)
 
     def first_token_s(self, present: int, prompt_tokens: int) -> float:
-        """To compute what is missing, the last token always: a few tokens take as long as a step of one."""
-        present = min(present, prompt_tokens - 1)
-        return max(self.prefill_s(present, prompt_tokens), self.decode_s(prompt_tokens - 1))
+        """To compute what is missing, the last token always: its step is what even a single one takes."""
+        last = prompt_tokens - 1
+        return self.prefill_s(present, last) + self.decode_s(last)
 
     def load_s(self, tier: Tier, nbytes: int, *, shared: bool = False) -> float:
         """0 for a tier never loaded from: unknown is worth a try, and the try is the measurement."""

@@ -1,6 +1,7 @@
 """Load or recompute: a pure function from what is where and what time costs to a decision.
 
-Invariant: same arguments, same decision; no I/O, no clock, no state. The chosen way is never dearer than another listed.
+Invariant: same arguments, same decision; no I/O, no clock, no state. No listed way is cheaper than the chosen one by more
+than anybody notices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from appliance.plan.cost import CostModel
 from appliance.types import Tier
 
+UNNOTICED_S = 0.02
+"""Such a gain is not worth computing what could be loaded, which other requests wait for, nor doing two things at once."""
 INTERFERENCE = 1.15
 """Loading and computing at once, each takes so much longer: both want memory and cores."""
 
@@ -133,15 +136,20 @@ def decide(
         options += [("both", each) for each in _both_ends(prompt_tokens, resident, stored, whole, cost, traffic)]
     best: dict[str, Alternative] = {}
     for way, option in options:
-        if way not in best or _dearness(option) < _dearness(best[way]):
+        if way not in best or option.total_s < best[way].total_s:
             best[way] = option
-    reason, chosen = min(best.items(), key=lambda each: _dearness(each[1]))
-    return Decision(chosen.load_to, reason, chosen, recompute, best)
+    reason, chosen = _cheapest(options)
+    return Decision(chosen.load_to, reason, chosen, recompute, {**best, reason: chosen})
 
 
-def _dearness(option: Alternative) -> tuple[float, int, int]:
-    """On equal cost the longer load wins, since compute is what other requests wait for; and one thing after another."""
-    return option.total_s, -option.load_to, option.front_to
+def _cheapest(options: Sequence[tuple[str, Alternative]]) -> tuple[str, Alternative]:
+    """The longest load of those that are as cheap as any, as far as anybody notices; both ends only if that is noticed."""
+    single = [each for each in options if not each[1].front_to]
+    least_s = min(option.total_s for _, option in single)
+    split = min((each for each in options if each[1].front_to), key=lambda each: each[1].total_s, default=None)
+    if split is not None and split[1].total_s < least_s - UNNOTICED_S:
+        return split
+    return max((each for each in single if each[1].total_s <= least_s + UNNOTICED_S), key=lambda each: each[1].load_to)
 
 
 def _load_s(nbytes: Mapping[Tier, int], cost: CostModel, traffic: Traffic) -> float:

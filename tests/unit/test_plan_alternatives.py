@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from appliance.plan.cost import CostModel
 from appliance.plan.line import SURPRISE, Line
-from appliance.plan.planner import Decision, Piece, Traffic, decide
+from appliance.plan.planner import UNNOTICED_S, Decision, Piece, Traffic, decide
 from appliance.types import Tier
 
 MIB = 1 << 20
@@ -40,14 +40,14 @@ traffics = st.builds(
 
 
 @given(costs, traffics, st.lists(st.sampled_from(LOWER), max_size=30), st.integers(0, 9000), st.integers(1, 500))
-def test_the_chosen_way_is_never_dearer_than_another(
+def test_the_chosen_way_is_never_noticeably_dearer_than_another(
     cost: CostModel, traffic: Traffic, tiers: list[Tier], resident: int, rest: int
 ) -> None:
     prompt_tokens = max(len(tiers) * BLOCK, resident) + rest
     decision = decide(prompt_tokens, resident, stored(tiers), cost, traffic)
     assert decision.alternatives[decision.reason] == decision.chosen
     for way in (*decision.alternatives.values(), decision.recompute):
-        assert decision.chosen.total_s <= way.total_s
+        assert decision.chosen.total_s <= way.total_s + UNNOTICED_S * 1.001
         assert math.isfinite(way.total_s)
         assert min(way.load_s, way.compute_s, way.others_s) >= 0
         assert resident <= way.load_to <= prompt_tokens
@@ -63,7 +63,7 @@ def test_a_slower_medium_is_never_loaded_from_more(cost: CostModel, tiers: list[
         line.slope1 *= slower
     after = decide(prompt_tokens, 0, stored(tiers), cost, both_ends=False)
     assert after.load_to <= before.load_to
-    assert after.chosen.total_s >= before.chosen.total_s
+    assert after.chosen.total_s >= before.chosen.total_s - UNNOTICED_S * 1.001
 
 
 def balanced() -> Decision:
