@@ -14,8 +14,8 @@ POOL_BLOCKS = 16
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
-    """With a DRAM pool that is smaller than some prompts."""
-    pool = {"tiers.dram.capacity": POOL_BLOCKS * BLOCK * TOKEN_BYTES}
+    """With a DRAM pool that is smaller than some prompts, and holds what was used last whatever it would cost to compute."""
+    pool = {"tiers.dram.capacity": POOL_BLOCKS * BLOCK * TOKEN_BYTES, "kv.eviction": "lru"}
     with appliance(tmp_path_factory.mktemp("home"), pool) as running:
         yield running
 
