@@ -38,7 +38,7 @@ from kvctl.options import Globals, Home, Json
 app = typer.Typer(
     name="kvctl",
     help="A confidential inference appliance: what it read once, it never reads again.",
-    epilog="See also: kvctl exit-codes; --install-completion for the shell; --debug.",
+    epilog="Exit codes: kvctl exit-codes. Shell completion: kvctl --install-completion.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -98,7 +98,7 @@ def _command() -> Any:
     """The whole command line. Help fits 24 lines: what its last line names is not listed above."""
     command = typer.main.get_command(app)
     for option in command.params:
-        option.hidden = option.name in ("install_completion", "show_completion", "debug")  # type: ignore[attr-defined]
+        option.hidden = option.name in ("install_completion", "show_completion")  # type: ignore[attr-defined]
     return command
 
 
