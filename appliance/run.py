@@ -75,6 +75,11 @@ class RequestRun:
         """The prompt and what was generated so far."""
         return Tokens(self.request.prompt.data + b"".join(part.data for part in self._generated))
 
+    @property
+    def _prompt_reach(self) -> int:
+        """How much of the prompt can be stored for itself: a state is kept where the last token is still to be decoded."""
+        return len(self.request.prompt) - (not self._engine.info.layout.divisible)
+
     async def admit(self) -> None:
         """Pin what is resident and wait until the engine has cells. Overloaded if cancelled there."""
         request = self.request
@@ -159,7 +164,7 @@ class RequestRun:
             elif isinstance(event, Prefilled):
                 self._prefilled = self._prefilled or event
                 self._going.decodes(self._id)
-                self._exporter.export(self.request.prompt)
+                self._exporter.export(self.request.prompt[: self._prompt_reach])
             elif isinstance(event, Preempted):
                 preempted = event
             else:
@@ -223,7 +228,7 @@ class RequestRun:
         await self._store_all()
 
     async def _store_all(self) -> None:
-        keep = self._kv_tokens if self._store_completions else min(self._kv_tokens, len(self.request.prompt))
+        keep = self._kv_tokens if self._store_completions else min(self._kv_tokens, self._prompt_reach)
         await self._exporter.settled()
         self._exporter.export(self.sequence[:keep])
         await self._exporter.settled()

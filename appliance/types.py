@@ -129,11 +129,13 @@ class BlockLayout:
 
     A payload of n tokens is `frames` parts in order, each sealed on its own; frame i holds
     `fixed_bytes[i] + n * token_bytes[i]` bytes. llama.cpp has one frame, a layer-streaming engine one per layer.
+    A block of a layout that is not divisible holds the state after its last token: it is used whole or not at all.
     """
 
     block_tokens: int
     token_bytes: tuple[int, ...]
     fixed_bytes: tuple[int, ...]
+    divisible: bool = True
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or not self.token_bytes or len(self.token_bytes) != len(self.fixed_bytes):

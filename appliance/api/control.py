@@ -54,7 +54,7 @@ class EngineStatus(Model):
     restarts: int
     model: str
     description: str
-    kv_mode: Literal["rows", "opaque", "none"]
+    kv_mode: Literal["rows", "opaque", "checkpoint", "none"]
     context_tokens: int
     threads: int
     """Decode, while something else wants a core."""

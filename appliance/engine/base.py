@@ -34,8 +34,11 @@ class KVMode(str, Enum):
     """Rows per token: blocks of a run are exported and restored by one call, and a block may be used in part."""
     OPAQUE = "opaque"
     """One state blob per block: restored one by one, then linked, in part if wanted."""
+    CHECKPOINT = "checkpoint"
+    """A state beside the rows, or instead of them, that cannot be sliced (hybrid and recurrent models): a block holds the
+    rows of its tokens and the state after its last one, so a sequence is exported, shared and continued only where it ends."""
     NONE = "none"
-    """The state cannot be sliced (recurrent models): nothing is stored below hbm."""
+    """The state can neither be sliced nor be taken out and put back: nothing is stored below hbm."""
 
     def __str__(self) -> str:
         return self.value
@@ -206,17 +209,21 @@ class Engine(ABC):
 
     @abstractmethod
     def link(self, source: int, target: int, start: int, stop: int) -> None:
-        """Positions [start, stop) of `source` become positions of `target` too, sharing cells."""
+        """Positions [start, stop) of `source` become positions of `target` too, sharing cells.
+
+        With checkpoints `stop` is where `source` ends: `target` takes over its state.
+        """
 
     @abstractmethod
     def drop(self, seq: int, start: int = 0) -> None:
-        """Forget positions [start, end) of `seq`."""
+        """Forget positions [start, end) of `seq`. With checkpoints all of them, or none."""
 
     @abstractmethod
     def export(self, seq: int, start: int, blocks: Sequence[tuple[int, memoryview]]) -> None:
         """Copy KV of consecutive blocks, beginning at position `start`, out of cells.
 
-        Each block is (n_tokens, target); target holds exactly `layout.payload_bytes(n_tokens)` bytes.
+        Each block is (n_tokens, target); target holds exactly `layout.payload_bytes(n_tokens)` bytes. With checkpoints
+        there is one block, and it ends where `seq` ends.
         """
 
     @abstractmethod
@@ -225,7 +232,7 @@ class Engine(ABC):
 
         An empty `seq` may begin anywhere: its blocks are linked to the sequence they belong to later.
         Each block is (n_tokens, use_tokens, source): the first use_tokens of its n_tokens become visible. Only the last
-        block may be used in part. All or nothing: on RestoreError `seq` still ends at `start`. The bytes were verified
+        block may be used in part, with checkpoints none. All or nothing: on RestoreError `seq` still ends at `start`. The bytes were verified
         by the control process; an engine checks counts and shapes, since it cannot check content.
         """
 

@@ -77,8 +77,9 @@ class Batches:
         budget = self._pace.prompt_tokens(n_decoding, len(waiting))
         work: list[Work] = []
         for request in waiting:
-            if budget > 0 and not any(_computes_for(other, request) for other in work):
-                work.append(Work(request, _prefill_row(request, budget)))
+            every = self._cells.checkpoint_tokens
+            if budget > 0 and not any(_computes_for(other, request, every) for other in work):
+                work.append(Work(request, _prefill_row(request, budget, every)))
                 budget -= len(work[-1].row.tokens)
         if work:
             self._passed_over = 0 if any(each.request is oldest for each in work) else self._passed_over + 1
@@ -125,20 +126,28 @@ def _prompt_end(request: Request) -> int:
     return len(request.prompt) if request.was_run else request.prefill_to
 
 
-def _prefill_row(request: Request, budget: int) -> Row:
+def _prefill_row(request: Request, budget: int, checkpoint_tokens: int) -> Row:
     assert request.sequence
     start, last = request.sequence.length, len(request.prompt) - 1
     # The last token is a row of its own, so that a prompt computed and the same prompt restored give equal logits.
     end = _prompt_end(request)
+    if checkpoint_tokens:  # its state is kept there
+        budget = min(budget, checkpoint_tokens - start % checkpoint_tokens)
     stop = min(start + budget, last, end) if start < last else end
     want_logits = stop > last and request.limit_tokens > 0
     return Row(request.sequence.id, start, request.prompt[start:stop], want_logits)
 
 
-def _computes_for(work: Work, request: Request) -> bool:
+def _computes_for(work: Work, request: Request, checkpoint_tokens: int) -> bool:
     """Whether this row computes what the request needs next and can adopt."""
     other = work.request
-    if other.ns != request.ns or not work.is_prompt or work.row.start > request.present:
+    if other.ns != request.ns or not work.is_prompt:
+        return False
+    if checkpoint_tokens:
+        start = work.row.start
+        mark = min(start - start % checkpoint_tokens + checkpoint_tokens, len(other.prompt) - 1)
+        return request.present < mark < len(request.prompt) and other.prompt.common_prefix(request.prompt) >= mark
+    if work.row.start > request.present:
         return False
     stop = min(work.row.start + len(work.row.tokens), len(other.prompt) - 1, (len(request.prompt) - 1))
     return stop > request.present and other.prompt.common_prefix(request.prompt) > request.present

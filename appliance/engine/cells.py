@@ -21,7 +21,11 @@ class Cells:
         self._lock = lock
         self.scratch = engine.info.max_sequences - 1
         """A sequence id outside the books, empty between calls."""
-        self.residency = Residency(engine.info.context_tokens, self.scratch)
+        layout = engine.info.layout
+        self.checkpoint_tokens = 0 if layout.divisible else layout.block_tokens
+        """How far apart sequences are marked. 0: they need not be, any prefix of one can be exported and shared."""
+        self.residency = Residency(engine.info.context_tokens, self.scratch, whole=not layout.divisible)
+        self._most_marks = max(4, self.scratch // 4)
         self.shares = engine.info.kv_mode is not KVMode.NONE
         """Whether a sequence can take over a prefix of another."""
         self.evictions = 0
@@ -138,6 +142,40 @@ class Cells:
         with self._lock:
             self._engine.drop(sequence.id, length)
             self.residency.truncate(sequence, length)
+
+    def mark(self, request: Request) -> None:
+        """Keep the state where the sequence is now, to be exported and shared when it has gone on. Only with checkpoints.
+
+        A mark is a released sequence, evicted like any other; of one request the oldest goes when there are too many.
+        """
+        sequence = request.sequence
+        assert sequence
+        if not sequence.length:
+            return
+        with self._lock:
+            if self.residency.ending(sequence.ns, sequence.tokens()) or not self._free_an_id():
+                return
+            mark = self.residency.open(sequence.ns, sequence.tokens(), sequence.owner)
+            self._engine.link(sequence.id, mark.id, 0, sequence.length)
+            self.residency.link(sequence, mark, sequence.length)
+            self.residency.release(mark)
+            request.marks = [old for old in request.marks if self.residency.holds(old)] + [mark]
+            for old in request.marks[: -self._most_marks]:
+                if not old.pinned:
+                    self._forget(old)
+
+    def ending_at(self, request: Request, stop: int) -> Sequence | None:
+        """A sequence to export the request's positions before `stop` from: the request's own, or with checkpoints its mark."""
+        sequence = request.sequence
+        if sequence is None or stop > sequence.length:
+            return None
+        if not self.checkpoint_tokens or stop == sequence.length:
+            return sequence
+        return self.residency.ending(sequence.ns, sequence.tokens()[:stop])
+
+    def lose(self, sequence: Sequence) -> None:
+        """The engine has lost the state of a sequence that it could not continue."""
+        self.truncate(sequence, 0)
 
     def unpin(self, request: Request) -> None:
         with self._lock:

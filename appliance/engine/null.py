@@ -2,7 +2,7 @@
 
 A token's KV row is real bytes in a real cell, chained: row = state * C, where state = previous_state * M + mix(token) and
 previous_state is read back from the previous row's bytes. Logits are a function of every row of the sequence as it
-stands in its cells. Invariant: one wrong, missing or misplaced KV byte changes the logits, so the completion; the same
+stands in its cells. With checkpoints previous_state comes from a state beside the cells instead, one for each sequence. Invariant: one wrong, missing or misplaced KV byte changes the logits, so the completion; the same
 rows give the same logits however the prompt was batched.
 
 Vocabulary: 256 byte tokens, then SPECIALS. Completions are printable ASCII. The end token is chosen only after byte 4
@@ -87,13 +87,17 @@ class _Codec:
 
 
 class _Sequence:
-    """Cells of positions [base, base + len), and the digest of its first `digested` rows. Only blocks aside have a base."""
+    """Cells of positions [base, base + len), and the digest of its first `digested` rows. Only blocks aside have a base.
+
+    `state` is kept with checkpoints: a row of no cell.
+    """
 
     def __init__(self) -> None:
         self.base = 0
         self.cells = np.empty(0, np.int64)
         self.digested = 0
         self.digest = 0
+        self.state: U64 | None = None
 
 
 class NullSampler(Sampler):
@@ -109,7 +113,9 @@ class NullSampler(Sampler):
 
 
 class NullEngine(Engine):
-    def __init__(self, config: EngineConfig, *, token_bytes: int = 64, frames: int = 1) -> None:
+    def __init__(
+        self, config: EngineConfig, *, token_bytes: int = 64, frames: int = 1, checkpoints: bool = False
+    ) -> None:
         assert token_bytes % (8 * frames) == 0, "a row is whole words in every frame"
         self._words = token_bytes // 8
         self._codec = _Codec(self._words)
@@ -121,7 +127,10 @@ class NullEngine(Engine):
         self._power = _powers(_MULTIPLIER, config.batch_tokens + 1)
         self._inverse = _powers(pow(_MULTIPLIER, -1, _WORD), config.batch_tokens + 1)
         self._logits: list[Logits | None] = []
-        layout = BlockLayout(config.block_tokens, (token_bytes // frames,) * frames, (HEADER_BYTES,) * frames)
+        self._checkpoints = checkpoints
+        fixed_bytes = HEADER_BYTES + (token_bytes // frames if checkpoints else 0)
+        row_bytes = (token_bytes // frames,) * frames
+        layout = BlockLayout(config.block_tokens, row_bytes, (fixed_bytes,) * frames, divisible=not checkpoints)
         self.info = _info(config, layout)
 
     # --- text ---------------------------------------------------------------------------------------------------
@@ -168,13 +177,23 @@ class NullEngine(Engine):
         assert sequence.base == 0 and row.start == len(sequence.cells), "a row continues its sequence"
         n = len(ids)
         assert 0 < n < len(self._power), "a decode call holds at most batch_tokens"
-        last = self._codec.states(self._rows[sequence.cells[-1:]])  # of the previous row, as it stands in its cell
-        before = last[0] if len(last) else np.uint64(0)
+        before = self._state_before(sequence)
         states = self._power[1 : n + 1] * (before + np.cumsum(_mix(ids) * self._inverse[1 : n + 1], dtype=np.uint64))
         cells = self._allocate(n)
         self._rows[cells] = self._codec.rows(states)
         sequence.cells = np.concatenate((sequence.cells, cells))
+        if self._checkpoints:
+            sequence.state = self._codec.rows(states[-1:])[0]
         return self._logits_of(sequence, int(ids[-1])) if row.want_logits else None
+
+    def _state_before(self, sequence: _Sequence) -> np.uint64:
+        """Of the previous row as it stands in its cell, or of what is kept beside the cells."""
+        if self._checkpoints:
+            rows = np.empty((0, self._words), np.uint64) if sequence.state is None else sequence.state[None]
+        else:
+            rows = self._rows[sequence.cells[-1:]]
+        state: np.uint64 = self._codec.states(rows)[0] if len(rows) else np.uint64(0)
+        return state
 
     def _logits_of(self, sequence: _Sequence, last_token: int) -> Logits:
         start, stop = sequence.digested, len(sequence.cells)
@@ -219,6 +238,9 @@ class NullEngine(Engine):
         cells = self._sequences[source].cells[start - base : stop - base]
         sequence = self._sequences[target]
         assert start == len(sequence.cells) and len(cells) == stop - start, "sequences are dense"
+        if self._checkpoints:
+            assert stop == base + len(self._sequences[source].cells), "a state is that of the end"
+            sequence.state = self._sequences[source].state
         self._holders[cells] += 1
         sequence.cells = np.concatenate((sequence.cells, cells))
 
@@ -226,8 +248,10 @@ class NullEngine(Engine):
         sequence = self._sequences[seq]
         dropped = sequence.cells[max(0, start - sequence.base) :]
         sequence.cells = sequence.cells[: max(0, start - sequence.base)].copy()
+        assert not (self._checkpoints and len(dropped) and len(sequence.cells)), "a state cannot be cut"
         if not len(sequence.cells):
             sequence.base = 0
+            sequence.state = None
         if start < sequence.digested:
             sequence.digested = sequence.digest = 0
         self._holders[dropped] -= 1
@@ -236,15 +260,19 @@ class NullEngine(Engine):
         self._n_free += len(freed)
 
     def export(self, seq: int, start: int, blocks: Sequence[tuple[int, memoryview]]) -> None:
-        cells = self._sequences[seq].cells
+        cells, state = self._sequences[seq].cells, self._sequences[seq].state
+        if self._checkpoints and (len(blocks) != 1 or start + blocks[0][0] != len(cells)):
+            raise EngineError("the state at the end of the block is not there")
         for n_tokens, target in blocks:
             if start + n_tokens > len(cells) or len(target) != self.info.layout.payload_bytes(n_tokens):
                 raise EngineError("the block is not in cells, or the buffer is not its size")
             rows = self._rows[cells[start : start + n_tokens]]
+            if state is not None:
+                rows = np.concatenate((rows, state[None]))
             header = np.array((n_tokens, start), "<u4").view(np.uint8)
             for frame, columns in self._frames(target, n_tokens):
                 frame[:HEADER_BYTES] = header
-                frame[HEADER_BYTES:].view("<u8").reshape(n_tokens, -1)[:] = rows[:, columns]
+                frame[HEADER_BYTES:].view("<u8").reshape(len(rows), -1)[:] = rows[:, columns]
             start += n_tokens
 
     def restore(self, seq: int, start: int, blocks: Sequence[tuple[int, int, memoryview]]) -> None:
@@ -253,8 +281,13 @@ class NullEngine(Engine):
             sequence.base = start
         assert start == sequence.base + len(sequence.cells), "a restore continues its sequence"
         parts = []
+        state = None
         for n_tokens, use_tokens, source in blocks:
-            parts.append(self._read(source, n_tokens, start)[:use_tokens])
+            if self._checkpoints and use_tokens != n_tokens:
+                raise RestoreError("a block with a state is used whole")
+            block = self._read(source, n_tokens, start)
+            parts.append(block[:use_tokens])
+            state = block[-1] if self._checkpoints else None
             start += n_tokens
         rows = np.concatenate(parts)
         if len(rows) > self._n_free:
@@ -262,15 +295,16 @@ class NullEngine(Engine):
         cells = self._allocate(len(rows))
         self._rows[cells] = rows
         sequence.cells = np.concatenate((sequence.cells, cells))
+        sequence.state = state
 
     def _read(self, source: memoryview, n_tokens: int, start: int) -> U64:
         if len(source) != self.info.layout.payload_bytes(n_tokens):
             raise RestoreError("the block is not the size its token count says")
-        rows = np.empty((n_tokens, self._words), np.uint64)
+        rows = np.empty((n_tokens + self._checkpoints, self._words), np.uint64)
         for frame, columns in self._frames(source, n_tokens):
             if frame[:HEADER_BYTES].tobytes() != np.array((n_tokens, start), "<u4").tobytes():
                 raise RestoreError("the block is of another length or position")
-            rows[:, columns] = frame[HEADER_BYTES:].view("<u8").reshape(n_tokens, -1)
+            rows[:, columns] = frame[HEADER_BYTES:].view("<u8").reshape(len(rows), -1)
         return rows
 
     def _frames(self, payload: memoryview, n_tokens: int) -> list[tuple[npt.NDArray[np.uint8], slice]]:
@@ -297,7 +331,7 @@ class NullEngine(Engine):
 
 
 def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
-    shape = f"null engine|{layout.token_bytes}|{layout.fixed_bytes}".encode()
+    shape = f"null engine|{layout.token_bytes}|{layout.fixed_bytes}|{layout.divisible}".encode()
     return EngineInfo(
         engine="null 1",
         model_name="null",
@@ -305,7 +339,7 @@ def _info(config: EngineConfig, layout: BlockLayout) -> EngineInfo:
         vocab_tokens=VOCAB_TOKENS,
         context_tokens=config.context_tokens,
         max_sequences=config.max_sequences,
-        kv_mode=KVMode.ROWS,
+        kv_mode=KVMode.ROWS if layout.divisible else KVMode.CHECKPOINT,
         layout=layout,
         fingerprint=Fingerprint(hashlib.sha256(config.model_sha256).digest(), hashlib.sha256(shape).digest()),
         threads=1,

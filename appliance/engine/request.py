@@ -42,6 +42,8 @@ class Request:
     claim: int = 0
     """Cells it may use: at least what it has."""
     aside: Aside | None = None
+    marks: list[Sequence] = field(default_factory=list)
+    """With checkpoints: where its sequence was marked, oldest first. Some may be gone."""
     sampling: SamplingParams | None = None
     """From run on."""
     sampler: Sampler | None = None

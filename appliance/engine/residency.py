@@ -8,6 +8,8 @@ A sequence is held (a request works with it) or released (kept for the next prom
 used first to go, but first those of the owner that holds most). A pin keeps the first tokens of a sequence in cells until a
 waiting request links them. Cells aside hold blocks of a prompt whose front is still being computed.
 
+With checkpoints a sequence is whole: it is shared up to where it ends or not at all, and not while it is held, as it goes on.
+
 Threading: not safe by itself; the scheduler guards every call with its lock. Nothing here calls the engine.
 """
 
@@ -35,9 +37,10 @@ class Extent:
 class Sequence:
     """Positions [0, length) of `prompt + generated` are in cells."""
 
-    __slots__ = ("generated", "held", "id", "ns", "owner", "pins", "prompt", "tail")
+    __slots__ = ("generated", "held", "id", "ns", "owner", "pins", "prompt", "tail", "whole")
 
-    def __init__(self, seq: int, ns: bytes, prompt: Tokens, owner: bytes = b"") -> None:
+    def __init__(self, seq: int, ns: bytes, prompt: Tokens, owner: bytes = b"", *, whole: bool = False) -> None:
+        self.whole = whole
         self.id = seq
         self.ns = ns
         self.owner = owner
@@ -56,12 +59,19 @@ class Sequence:
         """Positions others may share. While the holder may still drop its prompt's last to decode it again, not that
         one: shared, its cell would stay in use and the holder need one more than it has claimed.
         """
+        if self.whole:
+            return 0 if self.held else self.length
         last = len(self.prompt) - 1
         return min(self.length, last) if self.held and not self.generated else self.length
 
     @property
     def pinned(self) -> int:
         return max((pin.tokens for pin in self.pins), default=0)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its last cells are also those of another."""
+        return self.tail is not None and self.tail.references > 1
 
     def path(self) -> Iterator[Extent]:
         """Extents from the last to the first."""
@@ -71,7 +81,13 @@ class Sequence:
             extent = extent.parent
 
     def shares(self, tokens: Tokens) -> int:
-        """Leading tokens of `tokens` that this sequence has in cells and offers."""
+        """Leading tokens of `tokens` that this sequence has in cells and offers.
+
+        With checkpoints not all of them: the last one is still to be decoded, for its logits.
+        """
+        if self.whole:
+            n = self.offered
+            return n if n < len(tokens) and self.tokens() == tokens[:n] else 0
         n = self.prompt.common_prefix(tokens)
         if n == len(self.prompt) and self.generated and n < len(tokens):
             n += Tokens(bytes(self.generated)).common_prefix(tokens[n:])
@@ -81,6 +97,8 @@ class Sequence:
         """Nothing of `other` would be found that is not found here."""
         if self.ns != other.ns or self.offered < other.length:
             return False
+        if self.whole:
+            return self.tokens() == other.tokens()
         return self.shares(other.tokens()) == other.length
 
     def tokens(self) -> Tokens:
@@ -94,8 +112,9 @@ class Pin:
 
 
 class Residency:
-    def __init__(self, cells: int, max_sequences: int) -> None:
+    def __init__(self, cells: int, max_sequences: int, *, whole: bool = False) -> None:
         self.cells = cells
+        self._whole = whole
         self.used = 0
         self._free_ids = list(range(max_sequences - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}
@@ -123,6 +142,16 @@ class Residency:
                 best, most = sequence, n
         return best, most
 
+    def holds(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.id) is sequence
+
+    def ending(self, ns: bytes, tokens: Tokens) -> Sequence | None:
+        """The released sequence that is exactly these tokens."""
+        return next(
+            (s for s in self._released.values() if s.ns == ns and s.length == len(tokens) and s.tokens() == tokens),
+            None,
+        )
+
     def pin(self, sequence: Sequence, tokens: int) -> Pin:
         """Keep the first `tokens` in cells. Counts as use."""
         assert tokens <= sequence.length, "only what is in cells can be pinned"
@@ -139,7 +168,7 @@ class Residency:
 
     def open(self, ns: bytes, prompt: Tokens, owner: bytes = b"") -> Sequence:
         """A new, empty, held sequence."""
-        sequence = Sequence(self._free_ids.pop(), ns, prompt, owner)
+        sequence = Sequence(self._free_ids.pop(), ns, prompt, owner, whole=self._whole)
         self._sequences[sequence.id] = sequence
         return sequence
 
@@ -235,10 +264,11 @@ class Residency:
         """The next released sequence to go, and the length that pins keep of it. None: nothing can go.
 
         The oldest of the owner that holds most cells: so nobody loses any while others hold more than their equal share.
+        A whole one only if that frees a cell.
         """
         oldest: dict[bytes, Sequence] = {}
         for sequence in self._released.values():
-            if sequence.pinned < sequence.length:
+            if sequence.pinned < sequence.length and not (sequence.whole and sequence.is_shared):
                 oldest.setdefault(sequence.owner, sequence)
         if not oldest:
             return None

@@ -199,9 +199,13 @@ class Scheduler:
         try:
             self._engine.decode([work.row for work in batch])
         except EngineError as error:
-            if len(batch) == 1 or self._engine.info.kv_mode is KVMode.NONE:
-                for work in batch:  # what a recurrent state had taken in cannot be taken back
+            if self._engine.info.kv_mode in (KVMode.CHECKPOINT, KVMode.NONE):
+                for work in batch:  # what a state had taken in cannot be taken back
+                    if work.request.sequence:
+                        self._cells.lose(work.request.sequence)
                     self._fail(work.request, error)
+            elif len(batch) == 1:
+                self._fail(batch[0].request, error)
             else:
                 for work in batch:
                     self._compute_group([work])
@@ -225,6 +229,7 @@ class Scheduler:
         assert sequence
         if work.is_prompt:
             self._cells.extend(sequence, n)
+            self._mark(request)
             request.prefill_tokens += n
             request.prefill_s += elapsed_s
             if sequence.length < len(request.prompt):
@@ -233,14 +238,28 @@ class Scheduler:
             self._prompt_done(request)
         else:
             self._cells.extend(sequence, n, generated=work.row.tokens.data)
+            self._mark(request)
         if request.limit_tokens:
             self._sample(request, index)
         else:
             self._roster.finish(request, FinishReason.LENGTH)
 
+    def _mark(self, request: Request) -> None:
+        """With checkpoints, at each end of a block and where the prompt's last token, decoded alone, is to come."""
+        every, present = self._cells.checkpoint_tokens, request.present
+        if every and (present % every == 0 or present == len(request.prompt) - 1):
+            self._cells.mark(request)
+
     def _tell_computed(self, request: Request, computed: int) -> None:
-        """What is in cells may be exported meanwhile: a crash in a long prompt costs no more than this much."""
-        if request.was_run and computed - request.computed >= COMPUTED_BLOCKS * self._engine.info.layout.block_tokens:
+        """What is in cells may be exported meanwhile: a crash in a long prompt costs no more than this much.
+
+        With checkpoints each block at once, as the mark at its end may go.
+        """
+        if every := self._cells.checkpoint_tokens:
+            is_due = computed % every == 0
+        else:
+            is_due = computed - request.computed >= COMPUTED_BLOCKS * self._engine.info.layout.block_tokens
+        if request.was_run and is_due:
             request.computed = computed
             self._roster.emit(request.id, Computed(computed))
 

@@ -18,6 +18,8 @@ from appliance.engine.request import Request
 from appliance.errors import EngineError, RestoreError
 
 SLICE_BLOCKS = 16
+SLICE_TOKENS = 4096
+"""Blocks of more tokens move in slices of fewer."""
 EXPORT_SHARE = 0.01
 """Of the time while others decode; sealing and writing add to what an export takes here, and it can wait."""
 SHARED_SLICE = 0.04
@@ -65,10 +67,11 @@ class Transfers:
 
     def slice_blocks(self, step_s: float) -> int:
         """Blocks to move between two steps of running streams that take so long; 0: there are none."""
+        most = max(1, min(SLICE_BLOCKS, SLICE_TOKENS // self.engine.info.layout.block_tokens))
         if not step_s:
-            return SLICE_BLOCKS
+            return most
         share = int(SHARED_SLICE * step_s / self.block_s) if self.block_s else 1
-        return max(1, min(share, SLICE_BLOCKS))
+        return max(1, min(share, most))
 
     def resting(self) -> bool:
         """Whether exports beside streams have had their share of the time for now."""
@@ -122,18 +125,22 @@ class Transfers:
             self.block_s = (time.monotonic() - began_s) / len(blocks)
         if not job.blocks:
             self.restores.remove(job)
+            if self.cells.checkpoint_tokens:
+                self.cells.mark(job.request)  # for others that begin alike
             job.reply.set_result(sequence.length)
 
     def _check(self, job: Restore) -> None:
-        block_tokens = self.engine.info.layout.block_tokens
-        request = job.request
+        layout, request = self.engine.info.layout, job.request
         ahead = request.present < request.prefill_to <= job.start
         if job.start < 0 or (job.start > request.present and not ahead):
             raise RestoreError("the blocks do not continue what is present")
-        if job.start + sum(use for _, _, use in job.blocks) > len(job.request.prompt):
+        # A state that has taken in the prompt's last token cannot go back to decode it for its logits.
+        reach = len(request.prompt) - (not layout.divisible)
+        if job.start + sum(use for _, _, use in job.blocks) > reach:
             raise RestoreError("the blocks reach beyond the prompt")
         for i, (_, n, use) in enumerate(job.blocks):
-            if not 0 < use <= n <= block_tokens or (use < n and i < len(job.blocks) - 1):
+            in_part = use < n and not (layout.divisible and i == len(job.blocks) - 1)
+            if not 0 < use <= n <= layout.block_tokens or in_part:
                 raise RestoreError("a block is used whole, or is the last and used in part")
 
     def _views(self, blocks: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, memoryview]]:
@@ -156,8 +163,6 @@ class Transfers:
         # The resident prefix ends inside the first block: restore beside it, then link what it lacks.
         scratch = self.cells.scratch
         try:
-            if start:
-                self.engine.link(seq, scratch, 0, start)
             self.engine.restore(scratch, start, views)
             self.engine.link(scratch, seq, present, stop)
         finally:
@@ -168,7 +173,7 @@ class Transfers:
         assert sequence
         if job.start > sequence.length:
             self.cells.drop_aside(job.request)
-        elif job.before is not None and job.before < sequence.length:
+        elif job.before is not None and job.before < sequence.length and not self.cells.checkpoint_tokens:
             self.cells.truncate(sequence, job.before)
 
     def export_slice(self, blocks: int) -> bool:
@@ -188,9 +193,9 @@ class Transfers:
         return True
 
     def _export(self, job: Export, most: int) -> None:
-        sequence = job.request.sequence
         if not job.blocks:
             return
+        most = 1 if self.cells.checkpoint_tokens else most
         start = stop = job.blocks[0][0]
         views: list[tuple[int, memoryview]] = []
         while job.blocks and job.blocks[0][0] == stop and len(views) < most:
@@ -199,7 +204,8 @@ class Transfers:
                 raise EngineError("no such block size")
             views.append((n, self.slot(slot, self.engine.info.layout.payload_bytes(n))))
             stop += n
-        if sequence is None or start < 0 or stop > sequence.length:
+        sequence = self.cells.ending_at(job.request, stop)
+        if sequence is None or start < 0:
             raise EngineError("the tokens to export are not in cells")
         began_s = time.monotonic()
         self.engine.export(sequence.id, start, views)

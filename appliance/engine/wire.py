@@ -81,7 +81,9 @@ def info_from_map(fields: Mapping[str, Any]) -> EngineInfo:
     layout = fields["layout"]
     known = {
         "kv_mode": KVMode(fields["kv_mode"]),
-        "layout": BlockLayout(layout["block_tokens"], tuple(layout["token_bytes"]), tuple(layout["fixed_bytes"])),
+        "layout": BlockLayout(
+            layout["block_tokens"], tuple(layout["token_bytes"]), tuple(layout["fixed_bytes"]), layout["divisible"]
+        ),
         "fingerprint": Fingerprint(**fields["fingerprint"]),
         "tool_format": ToolFormat(fields["tool_format"]),
         "pooling": Pooling(fields["pooling"]),

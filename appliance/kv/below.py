@@ -164,7 +164,9 @@ class Below:
         self._count.add("evicted_blocks_total", len(victims))
 
     def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
-        """Tails whose tokens a new sibling begins with."""
+        """Tails whose tokens a new sibling begins with. Indivisible ones stay: each is another place to go on."""
+        if not self._layout.divisible:
+            return []
         found: set[BlockId] = set()
         for plain in blocks:
             found.update(strict_prefixes(self.children(plain.identity.parent), plain.identity.tokens))

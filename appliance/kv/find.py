@@ -10,7 +10,7 @@ from collections.abc import Container
 from appliance.kv.base import Hit, Lookup, NewBlock
 from appliance.kv.below import Below
 from appliance.kv.keys import block_id, chain, chain_root
-from appliance.kv.siblings import longest_common
+from appliance.kv.siblings import longest_common, strict_prefixes
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, Tokens
@@ -37,7 +37,8 @@ class Finder:
 
     def lookup(self, ns: Namespace, tokens: Tokens) -> Lookup:
         size = self._layout.block_tokens
-        names = self._names(ns, tokens)
+        reach = len(tokens) if self._layout.divisible else len(tokens) - 1  # a state beyond that is of no use
+        names = self._names(ns, tokens[: max(reach, 0)])
         payload_bytes = self._layout.payload_bytes(size)
         hits: list[Hit] = []
         below = self._usable_below()
@@ -60,8 +61,10 @@ class Finder:
         ]
         start = (len(names) - 1) * size
         tail = tokens[start:]
-        if len(tail) and not self._covered(names[-1], tail):
-            found.append(NewBlock(block_id(self.hash_key(ns), names[-1], tail), names[-1], start, tail))
+        if len(tail):
+            new = NewBlock(block_id(self.hash_key(ns), names[-1], tail), names[-1], start, tail)
+            if not self.holds(new):
+                found.append(new)
         return found
 
     def _names(self, ns: Namespace, tokens: Tokens) -> list[BlockId]:
@@ -80,6 +83,8 @@ class Finder:
     def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
         """The child of `parent` that shares most leading tokens with what comes at `start`; of equals, the one in DRAM."""
         rest = tokens[start : start + self._layout.block_tokens]
+        if not self._layout.divisible:
+            return self._longest_whole(parent, rest, start)
         best: tuple[int, BlockId, int] | None = None
         for entry in filter(self._comes, self._dram.children(parent)):
             shared = entry.tokens.common_prefix(rest)
@@ -97,18 +102,34 @@ class Finder:
         tier = _tier(self._dram.get(block))
         return Hit(block, parent, start, n_tokens, shared, tier, self._layout.payload_bytes(n_tokens))
 
+    def _longest_whole(self, parent: BlockId, rest: Tokens, start: int) -> Hit | None:
+        """Of the children that `rest` begins with and goes on after, the longest."""
+        found: dict[BlockId, int] = {}
+        if self._below is not None and self._below.loads.breaker.allows:
+            stored = strict_prefixes(self._below.children(parent), rest)
+            found |= {block: entry.n_tokens for block, entry in self._below.entries(stored).items()}
+        for entry in filter(self._comes, self._dram.children(parent)):
+            n = len(entry.tokens)
+            if n < len(rest) and entry.tokens == rest[:n]:
+                found[entry.block] = n
+        if not found:
+            return None
+        block, n = max(found.items(), key=lambda each: each[1])
+        return Hit(block, parent, start, n, n, _tier(self._dram.get(block)), self._layout.payload_bytes(n))
+
     def _covered(self, parent: BlockId, tokens: Tokens) -> bool:
         """Whether a child of `parent` begins with these tokens."""
         hit = self._partial(parent, tokens, 0)
         return hit is not None and hit.use_tokens == len(tokens)
 
     def holds(self, new: NewBlock) -> bool:
-        """Whether some tier holds the block or will, or holds all of it in a longer one."""
+        """Whether some tier holds the block or will, or holds all of it in a longer one that may be used in part."""
         if self._dram.get(new.block) is not None:
             return True
         if new.block in self._usable_below():
             return True
-        return len(new.tokens) < self._layout.block_tokens and self._covered(new.parent, new.tokens)
+        in_part = self._layout.divisible and len(new.tokens) < self._layout.block_tokens
+        return in_part and self._covered(new.parent, new.tokens)
 
 
 def _tier(entry: Entry | None) -> Tier:

@@ -197,8 +197,8 @@ class TieredStore(KVStore):
             yield entry
 
     def _drop_superseded(self, entry: Entry) -> None:
-        """Tails in DRAM whose tokens the new block begins with; below they go with its record."""
-        for other in list(self._dram.children(entry.parent)):
+        """Tails in DRAM whose tokens the new block begins with; below they go with its record. Indivisible ones stay."""
+        for other in list(self._dram.children(entry.parent)) if self._layout.divisible else ():
             n = len(other.tokens)
             if n < len(entry.tokens) and other.tokens == entry.tokens[:n] and not other.pins:
                 unwritten = self._writer is not None and self._writer.withdraw(other)
@@ -218,11 +218,11 @@ class TieredStore(KVStore):
         return len(victims)
 
     def _is_durable(self, entry: Entry) -> bool:
-        """Whether all of it is below, in its own record or in that of a longer block which took its place."""
+        """Whether it is below, in its own record or in that of a longer block which took its place."""
         if self._below is None or entry.block in self._below:
             return self._below is not None
         nearest = longest_common(self._below.children(entry.parent), entry.tokens)
-        return nearest is not None and nearest[0] == len(entry.tokens)
+        return self._layout.divisible and nearest is not None and nearest[0] == len(entry.tokens)
 
     def usage(self) -> list[TierUsage]:
         dram = self._dram.usage(self._now_us())

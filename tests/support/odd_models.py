@@ -71,7 +71,9 @@ def sinks(path: Path, window_tokens: int) -> Path:
         "attn_norm.weight": (EMBD,),
         "post_attention_norm.weight": (EMBD,),
         **_attention(),
-        **{f"attn_{name}.bias": (rows,) for name, rows in (("q", 2 * HEAD), ("k", HEAD), ("v", HEAD), ("output", EMBD))},
+        **{
+            f"attn_{name}.bias": (rows,) for name, rows in (("q", 2 * HEAD), ("k", HEAD), ("v", HEAD), ("output", EMBD))
+        },
         "attn_sinks.weight": (2,),
         "ffn_gate_inp.weight": (EXPERTS, EMBD),
         "ffn_gate_inp.bias": (EXPERTS,),
@@ -149,7 +151,12 @@ def hybrid(path: Path, arch: str = "qwen3next") -> Path:
         linear["ssm_ba.weight"] = (2 * rank, EMBD)
     else:
         linear |= {"ssm_alpha.weight": (rank, EMBD), "ssm_beta.weight": (rank, EMBD)}
-    attention = {**_attention(), "attn_q.weight": (4 * HEAD, EMBD), "attn_q_norm.weight": (HEAD,), "attn_k_norm.weight": (HEAD,)}
+    attention = {
+        **_attention(),
+        "attn_q.weight": (4 * HEAD, EMBD),
+        "attn_q_norm.weight": (HEAD,),
+        "attn_k_norm.weight": (HEAD,),
+    }
     dense = {"ffn_gate.weight": (FFN, EMBD), "ffn_up.weight": (FFN, EMBD), "ffn_down.weight": (EMBD, FFN)}
     shared = {name.replace(".weight", "_shexp.weight"): shape for name, shape in dense.items()}
     mixture = {"ffn_gate_inp.weight": (EXPERTS, EMBD), "ffn_gate_inp_shexp.weight": (EMBD,), **_experts(), **shared}

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 _HEADER = struct.Struct("<Ii")
+HEADER_BYTES = _HEADER.size
 _SECTION = struct.Struct("<II")
 _PART = struct.Struct("<iQ")
 _META_BYTES = 12
@@ -80,10 +81,13 @@ class RowLayout:
         parts = sum(len(section.parts) for section in self.sections)
         return _HEADER.size + 2 * _SECTION.size * len(self.sections) + _PART.size * parts + n_tokens * cells
 
+    @staticmethod
+    def magic_of(blob: Bytes) -> int:
+        return _unpack(_HEADER, blob, 0)[0]
+
     @classmethod
     def parse(cls, blob: Bytes) -> RowLayout:
         """Layout of a blob whose cells are those of positions [0, n), n > 1. LayoutError if it is anything else than rows."""
-        magic, _ = _unpack(_HEADER, blob, 0)
         at = _HEADER.size
         sections = []
         while at < len(blob):
@@ -91,7 +95,7 @@ class RowLayout:
             sections.append(section)
         if not sections:
             raise LayoutError("no cells")
-        return cls(magic, tuple(sections))
+        return cls(cls.magic_of(blob), tuple(sections))
 
     def split(
         self, blob: Bytes, start: int, stop: int, targets: Sequence[Bytes], n_tokens: Sequence[int], skip: int
@@ -102,7 +106,7 @@ class RowLayout:
         first target, and its last row may fall short of the end of the last. LayoutError if it holds anything else than those positions.
         """
         n_cells = stop - start
-        if len(blob) != self.blob_bytes(n_cells) or _unpack(_HEADER, blob, 0)[0] != self.magic:
+        if len(blob) != self.blob_bytes(n_cells) or self.magic_of(blob) != self.magic:
             raise LayoutError("unexpected size of a state")
         at = _HEADER.size
         targets_at = [0] * len(targets)

@@ -21,8 +21,10 @@ from appliance.engine.base import Engine, EngineConfig, EngineInfo, KVMode, Row,
 from appliance.engine.llamacpp import batching, native
 from appliance.engine.llamacpp.calibrate import calibrate, others_running
 from appliance.engine.llamacpp.identity import fingerprint
+from appliance.engine.llamacpp.notes import cell_bytes, notes
+from appliance.engine.llamacpp.probe import Probed, probe
 from appliance.engine.llamacpp.sampling import ChainSampler
-from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES, probe
+from appliance.engine.llamacpp.state import SCRATCH_SEQUENCES
 from appliance.engine.llamacpp.text import Text
 from appliance.errors import EngineError
 from appliance.types import BlockLayout, SamplingParams, Tokens
@@ -55,14 +57,13 @@ class LlamaCppEngine(Engine):
         self._spare = config.max_sequences - 1
         first = min(64, self._text.vocab_tokens)
         self._sample_tokens = Tokens.of(i % first for i in range(CALIBRATION_TOKENS))
-        mode, self._state, layout = probe(self._context, self._model, config.block_tokens, self._compute_sample)
-        self.info = self._describe(config, metadata, mode, layout)
-        if mode is KVMode.ROWS and not config.gpu_layers and config.batch_tokens >= batching.TILE_ROWS:
-            self._costs = self._measure_costs(layout)
+        probed = probe(self._context, self._model, config.block_tokens, self._compute_sample)
+        self._state = probed.port
+        self.info = self._describe(config, metadata, probed)
+        if probed.mode is KVMode.ROWS and not config.gpu_layers and config.batch_tokens >= batching.TILE_ROWS:
+            self._costs = self._measure_costs(probed.layout)
 
-    def _describe(
-        self, config: EngineConfig, metadata: dict[str, str], mode: KVMode, layout: BlockLayout
-    ) -> EngineInfo:
+    def _describe(self, config: EngineConfig, metadata: dict[str, str], probed: Probed) -> EngineInfo:
         prefill_tokens = min(CALIBRATION_TOKENS, config.batch_tokens)
         speed = calibrate(
             lambda n: self._timed_batch(1, n),
@@ -73,18 +74,7 @@ class LlamaCppEngine(Engine):
         )
         self._threads = Threads(speed.threads, speed.quiet_threads, speed.batch_threads)
         context_tokens = int(ll.llama_n_ctx(self._context))
-        train_tokens = int(ll.llama_model_n_ctx_train(self._model))
-        notes = []
-        if mode is KVMode.NONE:
-            notes.append("this model's state is one running summary, not KV per token: nothing can be kept below hbm")
-        if mode is KVMode.OPAQUE:
-            notes.append("this model's KV is not laid out in rows per token: blocks are restored one by one")
-        if not self._text.has_chat_template:
-            notes.append("the model brings no chat template: ChatML is used")
-        if not self._text.tools.renders:
-            notes.append("the chat template knows no tools of a known form: a system message describes them")
-        if context_tokens > train_tokens:
-            notes.append(f"one prompt should stay below the {train_tokens} tokens the model was trained for")
+        layout = probed.layout
         return EngineInfo(
             engine=native.build(),
             model_name=Path(config.model_path).stem,
@@ -92,22 +82,22 @@ class LlamaCppEngine(Engine):
             vocab_tokens=self._text.vocab_tokens,
             context_tokens=context_tokens,
             max_sequences=config.max_sequences - SCRATCH_SEQUENCES,
-            kv_mode=mode,
+            kv_mode=probed.mode,
             layout=layout,
-            fingerprint=fingerprint(config, metadata, self._state.layout, mode, layout),
+            fingerprint=fingerprint(config, metadata, probed.port.layout, probed.mode, layout),
             threads=speed.threads,
             quiet_threads=speed.quiet_threads,
             batch_threads=speed.batch_threads,
             decode_step_s=speed.decode_step_s,
             prefill_tokens_per_s=speed.prefill_tokens_per_s,
             weight_bytes=int(ll.llama_model_size(self._model)),
-            cell_bytes=context_tokens * sum(layout.token_bytes),
+            cell_bytes=cell_bytes(config, context_tokens, probed),
             has_chat_template=self._text.has_chat_template,
             tool_format=self._text.tools.form,
             grammars=True,
             embedding_width=int(ll.llama_model_n_embd_out(self._model)),
             pooling=native.pooling(metadata),
-            notes=tuple(notes),
+            notes=notes(self._model, self._text, config, context_tokens, probed),
         )
 
     # --- text ----------------------------------------------------------------------------------------------------

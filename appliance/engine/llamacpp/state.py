@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as ll
 
-from appliance.engine.base import KVMode
 from appliance.engine.llamacpp.cells import Bytes, LayoutError, RowLayout
 from appliance.errors import EngineError, RestoreError
-from appliance.types import BlockLayout
 
 SCRATCH_SEQUENCES = 2
 PROBE_TOKENS = 8
-RUN_BLOCKS = 16
-"""Full blocks for which the buffer is ready from the start; longer runs make it grow."""
-
 Export = Sequence[tuple[int, memoryview]]
 Restore = Sequence[tuple[int, int, memoryview]]
 
@@ -58,7 +53,7 @@ class StatePort(ABC):
         return blob
 
     def _write(self, blob: Bytes, start: int, stop: int) -> None:
-        """Put a state into the scratch sequence. RestoreError if it is not accepted as exactly [start, stop)."""
+        """Put a state into the scratch sequence. RestoreError if llama.cpp does not say that it then holds [start, stop)."""
         if ll.llama_state_seq_set_data(self._context, _address(blob), len(blob), self._scratch) != len(blob):
             raise RestoreError("llama.cpp refused a state: no free KV cells, or another shape")
         first = ll.llama_memory_seq_pos_min(self._memory, self._scratch)
@@ -159,47 +154,6 @@ class NoPort(StatePort):
 
     def restore(self, seq: int, start: int, blocks: Restore) -> None:
         raise RestoreError("this model's state cannot be restored from blocks")
-
-
-def probe(
-    context: Any, model: Any, block_tokens: int, compute: Callable[[int, int], None]
-) -> tuple[KVMode, StatePort, BlockLayout]:
-    """Find out, on a few tokens, how this model's state can be sliced. Leaves the cells empty."""
-    memory = ll.llama_get_memory(context)
-    compute(0, PROBE_TOKENS)
-    try:
-        if ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model):
-            snapshot = int(ll.llama_state_seq_get_size(context, 0))
-            return KVMode.NONE, NoPort(context), BlockLayout(block_tokens, (0,), (snapshot,))
-        raw = NoPort(context)
-        one, two = (len(raw.read(0, 0, n)) for n in (1, 2))
-        try:
-            layout = RowLayout.parse(raw.read(0, 0, PROBE_TOKENS))
-            rows = RowPort(context, layout, int(ll.llama_model_n_swa(model)), RUN_BLOCKS * block_tokens)
-            _check_rows(rows)
-        except (LayoutError, EngineError):
-            port = OpaquePort(context, 2 * one - two, two - one)
-            return KVMode.OPAQUE, port, BlockLayout(block_tokens, (two - one,), (2 * one - two,))
-        return KVMode.ROWS, rows, BlockLayout(block_tokens, (rows.layout.token_bytes,), (0,))
-    finally:
-        ll.llama_memory_clear(memory, True)
-
-
-def _check_rows(port: RowPort) -> None:
-    """LayoutError unless the rows of a range are the same in one state and in two, also after a restore."""
-    cut = PROBE_TOKENS // 2 + 1
-    row = port.layout.token_bytes
-    whole = bytearray(PROBE_TOKENS * row)
-    front, back, again = bytearray(cut * row), bytearray((PROBE_TOKENS - cut) * row), bytearray(len(whole))
-    port.export(0, 0, [(PROBE_TOKENS, memoryview(whole))])
-    port.export(0, 0, [(cut, memoryview(front)), (PROBE_TOKENS - cut, memoryview(back))])
-    port.restore(1, 0, [(cut, cut, memoryview(front)), (PROBE_TOKENS - cut, PROBE_TOKENS - cut, memoryview(back))])
-    port.export(1, 0, [(PROBE_TOKENS, memoryview(again))])
-    halves = [bytearray(cut * row), bytearray((PROBE_TOKENS - cut) * row)]
-    port.export(0, 0, [(cut, memoryview(halves[0]))])
-    port.export(0, cut, [(PROBE_TOKENS - cut, memoryview(halves[1]))])
-    if not (again == whole and halves == [front, back]):
-        raise LayoutError("rows depend on the range they were exported in")
 
 
 def _address(blob: Bytes) -> Any:
