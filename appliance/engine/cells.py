@@ -143,6 +143,12 @@ class Cells:
             self._engine.drop(sequence.id, length)
             self.residency.truncate(sequence, length)
 
+    def mark_if_due(self, request: Request) -> None:
+        """With checkpoints, at each end of a block and where the prompt's last token, decoded alone, is to come."""
+        every, present = self.checkpoint_tokens, request.present
+        if every and (present % every == 0 or present == len(request.prompt) - 1):
+            self.mark(request)
+
     def mark(self, request: Request) -> None:
         """Keep the state where the sequence is now, to be exported and shared when it has gone on. Only with checkpoints.
 

@@ -229,7 +229,7 @@ class Scheduler:
         assert sequence
         if work.is_prompt:
             self._cells.extend(sequence, n)
-            self._mark(request)
+            self._cells.mark_if_due(request)
             request.prefill_tokens += n
             request.prefill_s += elapsed_s
             if sequence.length < len(request.prompt):
@@ -238,17 +238,11 @@ class Scheduler:
             self._prompt_done(request)
         else:
             self._cells.extend(sequence, n, generated=work.row.tokens.data)
-            self._mark(request)
+            self._cells.mark_if_due(request)
         if request.limit_tokens:
             self._sample(request, index)
         else:
             self._roster.finish(request, FinishReason.LENGTH)
-
-    def _mark(self, request: Request) -> None:
-        """With checkpoints, at each end of a block and where the prompt's last token, decoded alone, is to come."""
-        every, present = self._cells.checkpoint_tokens, request.present
-        if every and (present % every == 0 or present == len(request.prompt) - 1):
-            self._cells.mark(request)
 
     def _tell_computed(self, request: Request, computed: int) -> None:
         """What is in cells may be exported meanwhile: a crash in a long prompt costs no more than this much.

@@ -165,10 +165,8 @@ class Below:
 
     def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
         """Tails whose tokens a new sibling begins with. Indivisible ones stay: each is another place to go on."""
-        if not self._layout.divisible:
-            return []
         found: set[BlockId] = set()
-        for plain in blocks:
+        for plain in blocks if self._layout.divisible else ():
             found.update(strict_prefixes(self.children(plain.identity.parent), plain.identity.tokens))
         return [block for block in found if block in self.policy and not self.loads.reading[block]]
 
