@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from appliance import __version__
+from appliance.anticipate import Anticipation
 from appliance.api.control import (
     EngineStatus,
     EvictRequest,
@@ -22,9 +23,12 @@ from appliance.api.control import (
     Loading,
     PrefetchProgress,
     PrefetchRequest,
+    PrefetchTotals,
     PromptInspection,
     PromptRef,
     RequestList,
+    SessionInfo,
+    SessionList,
     Span,
     Status,
     StoreOverview,
@@ -46,14 +50,14 @@ from appliance.explain import accuracy_counters, estimates, requests
 from appliance.kv.base import KVStore
 from appliance.look import inspect
 from appliance.ops.tenants import tenants_of
-from appliance.prefetch import PrefetchStep, prefetch
+from appliance.prefetch import Prefetches
 from appliance.runtime import Runtime
 from appliance.security.keyring import Keyring
 from appliance.server.base import Admin
 from appliance.server.metrics import Snapshot
 from appliance.types import Namespace, Tier, TierUsage, Tokens
 
-HEARTBEAT_S = 1.0
+OPERATOR_PREFETCHES = 16
 STATS_S = 1.0
 """Longest wait for a busy engine before the last known numbers are shown."""
 
@@ -83,8 +87,10 @@ def loading_status(place: Place, step: StartProgress) -> Loading:
 
 
 class ApplianceAdmin(Admin):
-    def __init__(self, runtime: Runtime, keyring: Keyring, place: Place) -> None:
+    def __init__(self, runtime: Runtime, anticipation: Anticipation, keyring: Keyring, place: Place) -> None:
         self._runtime = runtime
+        self._anticipation = anticipation
+        self._prefetches = Prefetches(runtime, at_once=OPERATOR_PREFETCHES)
         self._engine: EngineClient = runtime.engine
         self._store: KVStore = runtime.store
         self._keyring = keyring
@@ -137,6 +143,7 @@ class ApplianceAdmin(Admin):
 
     def _totals(self) -> Totals:
         counters, totals = self._store.counters(), self._runtime.totals
+        prefetched = self._runtime.prefetched.totals()
         seconds = _by_tier(counters, "load_seconds_total")
         loaded = _by_tier(counters, "load_bytes_total")
         return Totals(
@@ -148,6 +155,9 @@ class ApplianceAdmin(Admin):
             staged_ahead_tokens=totals.staged_ahead_tokens,
             preemptions=totals.preemptions,
             requeued_requests=totals.requeued,
+            prefetched=PrefetchTotals(
+                moved=prefetched.moved, hit=prefetched.hit, late=prefetched.late, wasted=prefetched.wasted
+            ),
             loaded_bytes={tier: int(count) for tier, count in loaded.items()},
             load_bytes_per_s={
                 tier: count / seconds[tier] if seconds.get(tier) else 0.0 for tier, count in loaded.items()
@@ -173,6 +183,7 @@ class ApplianceAdmin(Admin):
             "requeued_requests_total": float(totals.requeued),
             **accuracy_counters(self._runtime.history),
             **self._store.counters(),
+            **self._runtime.prefetched.counters(),
             "engine_restarts_total": float(self._engine.generation - 1),
             "resident_evictions_total": float(stats.resident_evictions),
         }
@@ -252,34 +263,48 @@ class ApplianceAdmin(Admin):
         )
 
     async def prefetch(self, request: PrefetchRequest) -> AsyncGenerator[PrefetchProgress, None]:
-        tokens = await self._tokens(request)
-        started_s = time.monotonic()
         ns = self._namespace(request)
-        steps = prefetch(self._runtime, ns, tokens, to=Tier(request.to), compute=request.compute)
-        async with aclosing(_with_heartbeat(steps)) as beats:
-            async for step in beats:
-                yield PrefetchProgress(
-                    prompt_tokens=len(tokens),
-                    found={tier.value if tier else "none": count for tier, count in step.found.items()},
-                    moved_tokens=step.moved_tokens,
-                    computed_tokens=step.computed_tokens,
-                    moved_bytes=step.moved_bytes,
-                    seconds=time.monotonic() - started_s,
-                    done=step.done,
+        if request.session is None:
+            tokens = await self._tokens(request)
+        else:
+            tokens = self._prefetches.session(ns, request.session)
+        steps = self._prefetches.run(ns, tokens, to=Tier(request.to), compute=request.compute)
+        async with aclosing(steps):
+            async for step in steps:
+                yield step
+
+    async def sessions(self) -> SessionList:
+        known = self._runtime.sessions
+        return SessionList(
+            sessions=[
+                SessionInfo(
+                    tenant=session.ns.tenant,
+                    name=session.name,
+                    turns=session.turns,
+                    tokens=len(session.tokens),
+                    idle_s=known.idle_s(session),
+                    think_s=session.think_time.typical_s,
+                    chance=known.chance(session),
+                    running=session.running,
                 )
+                for session in known.recent()
+            ]
+        )
 
     async def _tokens(self, prompt: PromptRef) -> Tokens:
-        if (prompt.messages is None) == (prompt.prompt is None):
-            raise RequestError("give either messages or prompt", param="messages")
         if prompt.messages is not None:
-            tokens = await self._runtime.render(prompt.messages)
+            tokens = await self._runtime.render(prompt.messages, prompt.tools)
         else:
             tokens = await self._runtime.tokenize(prompt.prompt or "")
         if not tokens:
-            raise RequestError("the prompt is empty", param="prompt")
-        if len(tokens) > self._engine.info.context_tokens:
-            limit = self._engine.info.context_tokens
-            raise RequestError(f"the prompt has {len(tokens)} tokens, the engine holds {limit}", param="prompt")
+            raise RequestError("the prompt is empty", param="prompt", code="empty_prompt")
+        limit = self._engine.info.context_tokens
+        if len(tokens) >= limit:  # one place is for the first token of an answer
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, the context holds {limit}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
         return tokens
 
     def _namespace(self, prompt: PromptRef) -> Namespace:
@@ -294,6 +319,7 @@ class ApplianceAdmin(Admin):
                 yield step
 
     async def evict(self, request: EvictRequest) -> EvictResult:
+        self._anticipation.forget()  # else it would bring it all back
         hbm = Tier(request.tier) is Tier.HBM
         return EvictResult(freed=await self._engine.evict() if hbm else self._store.evict_dram())
 
@@ -306,25 +332,6 @@ class ApplianceAdmin(Admin):
     async def add_tenant(self, request: TenantAdd) -> TenantAdded:
         api_key = await asyncio.to_thread(self._keyring.add_tenant, request.name)
         return TenantAdded(tenant=request.name, api_key=api_key)
-
-
-async def _with_heartbeat(steps: AsyncIterator[PrefetchStep]) -> AsyncGenerator[PrefetchStep, None]:
-    """The steps, the last one repeated each second while nothing new comes: a prefill is silent for minutes."""
-    latest: PrefetchStep | None = None
-    iterator = aiter(steps)
-    pending = asyncio.ensure_future(anext(iterator, None))
-    try:
-        while True:
-            done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT_S)
-            if done:
-                latest = pending.result()
-                if latest is None:
-                    return
-                pending = asyncio.ensure_future(anext(iterator, None))
-            if latest is not None:
-                yield latest
-    finally:
-        pending.cancel()
 
 
 def _tier_status(usage: TierUsage) -> TierStatus:

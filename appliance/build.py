@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.admin import ApplianceAdmin, Place, loading_status
+from appliance.anticipate import Anticipation
 from appliance.api.control import Loading
 from appliance.api.serve import Draining, ServeEvent, StartProgress, StartReady
 from appliance.calibration import calibrate, learned
@@ -33,6 +34,7 @@ from appliance.ops import models, synth
 from appliance.ops.home_lock import only_one
 from appliance.ops.init import follow, key_file
 from appliance.plan.cost import CostModel
+from appliance.prefetch import Prefetches
 from appliance.runtime import Limits, Runtime
 from appliance.security.keyring import Keyring
 from appliance.server import loading
@@ -166,8 +168,23 @@ async def _start(
         profile.server.max_running, profile.server.max_queue, profile.kv.store_completions, profile.engine.prefill_share
     )
     runtime = Runtime(engine, store, cost, limits)
-    admin = ApplianceAdmin(runtime, keyring, place)
+    anticipation = Anticipation(runtime, _prefetch_slots(profile, store))
+    stack.push_async_callback(_end, asyncio.create_task(anticipation.run()))
+    admin = ApplianceAdmin(runtime, anticipation, keyring, place)
     return runtime, admin, _service(profile, runtime, admin, keyring, info, before)
+
+
+def _prefetch_slots(profile: Profile, store: KVStore) -> int:
+    """Slots that automatic prefetch may hold: the rest is for loads and exports."""
+    if store.pool is None:
+        return 0
+    budget_bytes = profile.kv.prefetch_budget.of(store.pool.slots * store.pool.slot_bytes)
+    return min(budget_bytes // store.pool.slot_bytes, store.pool.slots // 2)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _model(
@@ -294,6 +311,7 @@ def _service(
     )
     return Service(
         runtime=runtime,
+        prefetches=Prefetches(runtime),
         model=model,
         authenticate=keyring.authenticate,
         operator=keyring.tenants()[0].name,

@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)?\
 _SIZE_UNITS = {
     "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
+_PERCENT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
 _TIME = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\s*$")
 _TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -48,7 +50,32 @@ def parse_time(value: object) -> float:
     return float(match[1]) * _TIME_UNITS[match[2]]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of something: a fraction of it, or so many bytes."""
+
+    fraction: float = 0.0
+    nbytes: int = 0
+
+    def of(self, total_bytes: int) -> int:
+        return min(int(self.fraction * total_bytes) + self.nbytes, total_bytes)
+
+
+def parse_share(value: object) -> Share:
+    """ "25%" or a size."""
+    if isinstance(value, Share):
+        return value
+    match = _PERCENT.match(str(value))
+    if match and float(match[1]) <= 100:
+        return Share(fraction=float(match[1]) / 100)
+    try:
+        return Share(nbytes=parse_size(value))
+    except ValueError:
+        raise ValueError(f'"{value}" is no share; write it like "25%" or "4GiB"') from None
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+PartOf = Annotated[Share, BeforeValidator(parse_share)]
 Seconds = Annotated[float, BeforeValidator(parse_time), Field(ge=0)]
 KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
 
@@ -96,6 +123,8 @@ class KVSection(Section):
     """Also store what was generated, not only prompts."""
     write_behind: Size = 256 * 2**20
     """Most bytes of DRAM that wait for their record to be durable."""
+    prefetch_budget: PartOf = Share(fraction=0.25)
+    """Of the DRAM pool, for what the next turns of sessions need; at most half of it. 0: only what is asked for."""
     transfer_threads: int = Field(4, ge=1, le=64)
     read_size: Size = 8 * 2**20
     """Bytes of one coalesced read."""

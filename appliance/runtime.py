@@ -25,11 +25,13 @@ from appliance.going import Going
 from appliance.history import History
 from appliance.kv.base import KVStore
 from appliance.plan.cost import CostModel
+from appliance.prefetched import Prefetched
 from appliance.pressure import Pressure
 from appliance.quarantine import Content, Quarantine
 from appliance.reply import Reply
 from appliance.request import Chunk, Finished, GenerateRequest, Timings
 from appliance.run import Parts, RequestRun
+from appliance.sessions import Sessions
 from appliance.text import TextCalls
 from appliance.totals import Totals
 from appliance.trace import Recorder
@@ -62,6 +64,7 @@ class _Outcome(Enum):
 
 @dataclass(frozen=True)
 class _Live:
+    request: GenerateRequest
     turn: Turn
     task: asyncio.Task[None]
 
@@ -75,6 +78,8 @@ class Runtime:
         self.totals = Totals()
         self.history = History()
         self.turns = Turns(limits.max_running, limits.max_queue)
+        self.sessions = Sessions(store.names)
+        self.prefetched = Prefetched(store)
         self._ahead = Ahead(engine, store, cost, lambda: (turn.request_id for turn in self.turns.line()))
         self._parts = Parts(engine, store, cost, self._ahead, Going(limits.prefill_share), limits.store_completions)
         self._pressure = Pressure(self.turns, lambda request_id: self._spawn(self._preempt(request_id)))
@@ -95,6 +100,10 @@ class Runtime:
     @property
     def draining(self) -> bool:
         return self._draining
+
+    def in_use(self) -> list[tuple[Namespace, Tokens]]:
+        """Prompts of the requests that run or wait."""
+        return [(live.request.ns, live.request.prompt) for live in self._live.values()]
 
     # --- text --------------------------------------------------------------------------------------------------
 
@@ -130,7 +139,7 @@ class Runtime:
         turn = self._enter(request)
         events: asyncio.Queue[Chunk | Finished | KvctlError] = asyncio.Queue()
         reply = Reply(events.put_nowait, in_pieces=request.in_pieces)
-        live = self._live[request.request_id] = _Live(turn, self._spawn(self._drive(request, turn, reply)))
+        live = self._live[request.request_id] = _Live(request, turn, self._spawn(self._drive(request, turn, reply)))
         live.task.add_done_callback(lambda _: self._live.pop(request.request_id, None))
         ended = False
         try:
@@ -153,6 +162,9 @@ class Runtime:
         alone = self._quarantine.suspects(content)
         turn = self.turns.enter(request.request_id, request.ns.tenant, len(request.prompt), alone=alone)
         self._waits(request, request.prompt)
+        if request.sampling.max_tokens:
+            self.sessions.arrived(request)
+            self.prefetched.asked(request.ns, request.prompt)
         return turn
 
     def _waits(self, request: GenerateRequest, tokens: Tokens) -> None:
@@ -188,6 +200,7 @@ class Runtime:
         finally:
             self.turns.leave(turn)
             self._ahead.leave(request.request_id)
+            self.sessions.left(request.request_id)
             await run.release()
 
     def _begin_anew(self, request: GenerateRequest, reply: Reply) -> None:
@@ -211,6 +224,7 @@ class Runtime:
             elif request.sampling.max_tokens:
                 self.totals.add(len(request.prompt), event)
                 self.history.add(request.request_id, request.ns.tenant, len(request.prompt), event)
+                self.sessions.finished(request.request_id, run.sequence)
             reply.put(event)
 
         content = self._content(request)

@@ -81,6 +81,11 @@ class Turns:
         """Somebody waits, for a turn or for cells."""
         return bool(self._queues) or self._admitting is not None
 
+    @property
+    def settled(self) -> bool:
+        """Nobody waits, and who holds a turn has its blocks."""
+        return not self.crowded and all(turn.computing for turn in self._held)
+
     def is_waiting(self, turn: Turn) -> bool:
         return turn in self._queues.get(turn.tenant, ())
 

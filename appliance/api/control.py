@@ -4,6 +4,7 @@
   GET  /v1/admin/store                      StoreOverview
   GET  /v1/admin/requests                   RequestList, the last ones, the newest first
   GET  /v1/admin/requests/ID                RequestList, one per choice of the call
+  GET  /v1/admin/sessions                   SessionList
   POST /v1/admin/inspect    PromptRef       PromptInspection
   POST /v1/admin/prefetch   PrefetchRequest lines of PrefetchProgress, the last with done=true
   POST /v1/admin/verify     VerifyRequest   lines of VerifyProgress, the last with report
@@ -31,6 +32,8 @@ class PromptRef(Model):
 
     tenant: str = "default"
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    """With messages."""
     prompt: str | None = None
     cache_salt: str | None = None
 
@@ -72,6 +75,18 @@ class EngineStatus(Model):
     notes: list[str]
 
 
+class PrefetchTotals(Model):
+    """Blocks brought into DRAM ahead of need, since start."""
+
+    moved: int = 0
+    hit: int = 0
+    """In DRAM when a request came for them."""
+    late: int = 0
+    """Still moving then."""
+    wasted: int = 0
+    """Evicted or expired before any came."""
+
+
 class Totals(Model):
     """Since start."""
 
@@ -88,6 +103,7 @@ class Totals(Model):
     """Times a request made room for others and went on later."""
     requeued_requests: int = 0
     """Times a request was asked again because the engine died."""
+    prefetched: PrefetchTotals = PrefetchTotals()
     loaded_bytes: dict[str, int]
     """KV bytes restored, by tier."""
     load_bytes_per_s: dict[str, float]
@@ -244,7 +260,34 @@ class PromptInspection(Model):
     estimated_ttft_cold_s: float
 
 
+class SessionInfo(Model):
+    """Of the sessions that automatic prefetch looks at."""
+
+    tenant: str
+    name: str | None
+    """Its prompt_cache_key; None if it was recognised by its prompts."""
+    turns: int
+    tokens: int
+    """What its next prompt begins with."""
+    idle_s: float
+    """Since its last request came or ended."""
+    think_s: float
+    """Typical time from an answer to the next prompt."""
+    chance: float
+    """That the next turn comes within half a minute, as far as can be told; 0 while one runs."""
+    running: int
+
+
+class SessionList(Model):
+    sessions: list[SessionInfo]
+    """The last used first."""
+
+
 class PrefetchRequest(PromptRef):
+    """`messages`, `prompt` or `session`: what its next turn begins with."""
+
+    session: str | None = None
+    """A prompt_cache_key."""
     to: Literal["dram", "hbm"] = "dram"
     compute: bool = False
     """Prefill what no tier has."""

@@ -10,7 +10,7 @@ Threading: called from the event loop. Blocking work runs on the transfer pool i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from appliance.api.control import VerifyProgress, VerifyReport
@@ -126,11 +126,14 @@ class KVStore(ABC):
         """The prefix that ends with these hits of a lookup is used, whichever tier serves it, hbm included."""
 
     @abstractmethod
-    def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
+    def stage(
+        self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit], *, sparing: Container[BlockId] | None = None
+    ) -> AsyncGenerator[Staged, None]:
         """Bring consecutive hits into DRAM and yield them in order, in runs, as they arrive. Touches recency.
 
         `tokens` is the sequence the hits were looked up for: it is compared to what the records say they hold.
         Ends early when a block cannot be had: the caller recomputes the rest. Each yielded run is owed an unpin().
+        `sparing` is for what nobody waits for: these blocks are not evicted to make room, nor is room waited for.
         """
 
     @abstractmethod
@@ -151,6 +154,10 @@ class KVStore(ABC):
 
     @abstractmethod
     def abort(self, reservations: Sequence[Reservation]) -> None: ...
+
+    @abstractmethod
+    def in_dram(self, blocks: Iterable[BlockId]) -> set[BlockId]:
+        """Those of them that are readable in DRAM."""
 
     @abstractmethod
     def evict_dram(self) -> int:

@@ -5,7 +5,7 @@ Invariant: namespaces stay apart in hbm all the same, so roots are the real ones
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
 
 from appliance.api.control import VerifyProgress
 from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
@@ -40,7 +40,9 @@ class NullStore(KVStore):
     def touch(self, hits: Sequence[Hit]) -> None:
         assert not hits, "nothing is ever found here"
 
-    async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
+    async def stage(
+        self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit], *, sparing: Container[BlockId] | None = None
+    ) -> AsyncGenerator[Staged, None]:
         assert not hits, "nothing is ever found here"
         return
         yield
@@ -56,6 +58,9 @@ class NullStore(KVStore):
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
         assert not reservations
+
+    def in_dram(self, blocks: Iterable[BlockId]) -> set[BlockId]:
+        return set()
 
     def evict_dram(self) -> int:
         return 0

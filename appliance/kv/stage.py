@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from appliance.kv.base import Hit, Staged
@@ -19,7 +19,7 @@ from appliance.kv.patience import Patience
 from appliance.kv.tiers.base import Extent
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Loaded, Plain
-from appliance.types import Namespace, Tokens
+from appliance.types import BlockId, Namespace, Tokens
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Stage:
         hash_key: bytes,
         tokens: Tokens,
         hits: Sequence[Hit],
+        sparing: Container[BlockId] | None,
         used_us: int,
     ) -> None:
         self._dram = dram
@@ -58,6 +59,7 @@ class Stage:
         self._ns = ns
         self._hash_key = hash_key
         self._tokens = tokens
+        self._sparing = sparing
         self._used_us = used_us
         self._plan = deque(hits)
         self._issued: deque[_Run] = deque()
@@ -73,6 +75,8 @@ class Stage:
                         yield staged
                     if not complete:
                         return
+                elif self._plan and self._sparing is not None:
+                    return  # no slot is to spare
                 elif self._plan and not await Patience().wait(self._dram.change()):
                     return  # every slot is held by a read that does not end
         finally:
@@ -115,12 +119,15 @@ class Stage:
                 break
             if at is None:
                 break
-            if not self._dram.has_room() or not self._dram.may_pin(None):
+            if not self._dram.has_room(self._sparing) or not self._dram.may_pin(None):
                 return self._start(run, extents)
             tokens = self._tokens_of(hit)
             if tokens is None:
                 break
-            entry = self._dram.put(self._ns, hit.block, hit.parent, hit.start, tokens, SlotState.LOADING, self._used_us)
+            state = SlotState.LOADING
+            entry = self._dram.put(
+                self._ns, hit.block, hit.parent, hit.start, tokens, state, self._used_us, self._sparing
+            )
             self._dram.pin(entry)
             run.hits.append(self._plan.popleft())
             run.entries.append(entry)

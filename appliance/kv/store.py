@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -109,7 +109,9 @@ class TieredStore(KVStore):
         if self._below is not None:
             self._below.touch(blocks, now_us, counts=counts)
 
-    async def stage(self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit]) -> AsyncGenerator[Staged, None]:
+    async def stage(
+        self, ns: Namespace, tokens: Tokens, hits: Sequence[Hit], *, sparing: Container[BlockId] | None = None
+    ) -> AsyncGenerator[Staged, None]:
         if not hits:
             return
         self._touch(hits, counts=False)  # who asked for it said so
@@ -122,6 +124,7 @@ class TieredStore(KVStore):
             hash_key=self._finder.hash_key(ns),
             tokens=tokens,
             hits=hits,
+            sparing=sparing,
             used_us=self._now_us(),
         )
         runs = staging.runs()
@@ -210,6 +213,9 @@ class TieredStore(KVStore):
         return self._dram.has_room() and (self._writer is None or self._writer.has_room(self._payload_bytes(new)))
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
+
+    def in_dram(self, blocks: Iterable[BlockId]) -> set[BlockId]:
+        return {block for block in blocks if (entry := self._dram.get(block)) is not None and entry.state.readable}
 
     def evict_dram(self) -> int:
         victims = [entry for entry in self._dram.entries() if self._dram.evictable(entry) and self._is_durable(entry)]

@@ -10,24 +10,20 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from appliance.api.chat_fields import Message
+from appliance.api.chat_fields import conversation
 from appliance.api.control import EvictRequest, PrefetchRequest, PromptRef, TenantAdd, VerifyRequest
-from appliance.api.fields import Request as ApiRequest
-from appliance.api.openai import MAX_MESSAGES
+from appliance.api.openai import ChatRequest
 from appliance.errors import RequestError
 from appliance.server.base import Admin
 from appliance.server.body import read_request, validate
 from appliance.server.stream import json_lines
+from appliance.server.tool_use import for_template
 
 RefT = TypeVar("RefT", bound=PromptRef)
-
-
-class _Messages(ApiRequest):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 def router(admin: Admin, max_body_bytes: int) -> APIRouter:
@@ -48,6 +44,10 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     @routes.get("/requests/{call_id}")
     async def of_call(call_id: str) -> Response:
         return _json(await admin.requests(call_id))
+
+    @routes.get("/sessions")
+    async def sessions() -> Response:
+        return _json(await admin.sessions())
 
     @routes.post("/inspect")
     async def inspect(request: Request) -> Response:
@@ -93,9 +93,11 @@ async def _lines(source: AsyncGenerator[BaseModel | None, None]) -> AsyncGenerat
 
 
 def _normalised(ref: RefT) -> RefT:
-    if (ref.messages is None) == (ref.prompt is None):
-        raise RequestError("give either messages or prompt", param="messages")
+    session = ref.session if isinstance(ref, PrefetchRequest) else None
+    if [ref.messages, ref.prompt, session].count(None) != 2:
+        either = "messages, prompt or session" if isinstance(ref, PrefetchRequest) else "messages or prompt"
+        raise RequestError(f"give one of {either}", param="messages")
     if ref.messages is None:
         return ref
-    messages = validate(_Messages, {"messages": ref.messages}).messages
-    return ref.model_copy(update={"messages": [message.for_template() for message in messages]})
+    call = validate(ChatRequest, {"messages": ref.messages, "tools": ref.tools})
+    return ref.model_copy(update={"messages": conversation(call.messages), "tools": for_template(call)})

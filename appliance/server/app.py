@@ -14,6 +14,7 @@ from appliance.server import (
     anthropic_routes,
     embedding_routes,
     errors,
+    kv_routes,
     llama_routes,
     openai_routes,
     responses_routes,
@@ -34,6 +35,7 @@ def public_app(service: Service) -> FastAPI:
     app.include_router(anthropic_routes.router(service), dependencies=keyed)
     app.include_router(responses_routes.router(service), dependencies=keyed)
     app.include_router(embedding_routes.router(service), dependencies=keyed)
+    app.include_router(kv_routes.router(service), dependencies=keyed)
     app.include_router(llama_routes.router(service), dependencies=keyed)
     operators = [*keyed, Depends(require_tenant(service.operator))]
     app.include_router(llama_routes.metrics_router(service.metrics), dependencies=operators)

@@ -17,6 +17,7 @@ from appliance.api.control import (
     PromptInspection,
     PromptRef,
     RequestList,
+    SessionList,
     Status,
     StoreOverview,
     TenantAdd,
@@ -27,6 +28,7 @@ from appliance.api.control import (
 )
 from appliance.api.trace import TraceEvent, TraceHeader
 from appliance.chat.tools import ToolFormat
+from appliance.prefetch import Prefetches
 from appliance.runtime import Runtime
 from appliance.server.metrics import Metrics
 
@@ -59,6 +61,7 @@ class ServedModel:
 @dataclass(frozen=True)
 class Service:
     runtime: Runtime
+    prefetches: Prefetches
     model: ServedModel
     authenticate: Callable[[str], str | None]
     """API key -> tenant; None for an unknown key. Compares in constant time."""
@@ -82,6 +85,9 @@ class Admin(ABC):
     @abstractmethod
     async def requests(self, call_id: str | None) -> RequestList:
         """The last ones, or those of one API call. RequestError for one that is not known any more."""
+
+    @abstractmethod
+    async def sessions(self) -> SessionList: ...
 
     @abstractmethod
     async def inspect(self, prompt: PromptRef) -> PromptInspection: ...

@@ -36,6 +36,18 @@ def namespace(call: GenerationRequest, tenant: str) -> Namespace:
     return Namespace(tenant, salt=(call.cache_salt or "").encode())
 
 
+def check_context(prompt: Tokens, model: ServedModel, param: str) -> None:
+    """A prompt alone, with room for the first token of an answer."""
+    if not prompt:
+        raise RequestError(f"{param}: the prompt is empty", param=param, code="invalid_value")
+    if len(prompt) >= model.context_tokens:
+        raise RequestError(
+            f"{param}: the context holds {model.context_tokens} tokens, but the prompt has {len(prompt)}",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
 def completion_tokens(call: GenerationRequest, prompt_tokens: int, model: ServedModel, param: str) -> int:
     """Most tokens to generate: what was asked for, else what fits, up to the default."""
     context = model.context_tokens

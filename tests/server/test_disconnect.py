@@ -17,7 +17,7 @@ from tests.support.fake_runtime import FakeRuntime
 class Connection:
     """One request to an ASGI app by a client that can leave."""
 
-    def __init__(self, served: Service, body: dict[str, Any]) -> None:
+    def __init__(self, served: Service, body: dict[str, Any], path: str = "/v1/chat/completions") -> None:
         self.sent: list[dict[str, Any]] = []
         self.got_body = asyncio.Event()
         self._left = asyncio.Event()
@@ -26,7 +26,7 @@ class Connection:
         scope = {
             "type": "http",
             "method": "POST",
-            "path": "/v1/chat/completions",
+            "path": path,
             "headers": headers,
             "query_string": b"",
         }

@@ -28,6 +28,7 @@ KEYED = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/metrics"),
+    ("POST", "/v1/kv/prefetch"),
 ]
 
 

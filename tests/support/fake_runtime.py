@@ -19,6 +19,7 @@ from appliance.api.control import (
     PromptInspection,
     PromptRef,
     RequestList,
+    SessionList,
     Status,
     StoreOverview,
     TenantAdd,
@@ -32,12 +33,13 @@ from appliance.api.control import (
 )
 from appliance.api.trace import TraceHeader
 from appliance.chat.tools import ToolFormat
-from appliance.errors import RequestError, StateError
+from appliance.errors import Overloaded, RequestError, StateError
 from appliance.plan.planner import Alternative, Decision
+from appliance.prefetch import Prefetches
 from appliance.runtime import Chunk, Finished, GenerateRequest, Timings
 from appliance.server.base import Admin, ServedModel, Service
 from appliance.server.metrics import Metrics, Snapshot
-from appliance.types import FinishReason, Tier, TierUsage, TokenLogprob, Tokens, TokensBySource
+from appliance.types import FinishReason, Namespace, Tier, TierUsage, TokenLogprob, Tokens, TokensBySource
 
 COMPLETION = "Hello wörld!"
 HALF_A_CHARACTER = 999
@@ -184,9 +186,42 @@ async def snapshot() -> Snapshot:
     return Snapshot(TIERS, counters, {"running_requests": 2, "waiting_requests": 1})
 
 
+class FakePrefetches(Prefetches):
+    """Two steps; `hold` waits for ever after the first. Alice has a session "hers"."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Namespace, Tokens, Tier, bool]] = []
+        self.closed = 0
+        self.hold = False
+        self.busy = False
+
+    def session(self, ns: Namespace, name: str) -> Tokens:
+        if (ns, name) != (Namespace("alice"), "hers"):
+            raise RequestError("no session", param="prompt_cache_key", code="session_not_found", status=404)
+        return Tokens.of([1, 2, 3])
+
+    async def run(  # type: ignore[override]
+        self, ns: Namespace, tokens: Tokens, *, to: Tier, compute: bool
+    ) -> AsyncIterator[PrefetchProgress]:
+        self.asked.append((ns, tokens, to, compute))
+        if self.busy:
+            raise Overloaded("running already", retry_after_s=2)
+        try:
+            for done in (False, True):
+                yield PrefetchProgress(
+                    prompt_tokens=len(tokens), found={"nvme": len(tokens)}, moved_tokens=len(tokens) * done,
+                    computed_tokens=0, moved_bytes=8 * len(tokens) * done, seconds=0.1, done=done,
+                )  # fmt: skip
+                if self.hold:
+                    await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+
 def service(runtime: FakeRuntime, *, state: str = "ready", max_body_bytes: int = 2**20) -> Service:
     return Service(
         runtime=runtime,  # type: ignore[arg-type]
+        prefetches=FakePrefetches(),
         model=MODEL,
         authenticate=KEYS.get,
         operator="alice",
@@ -231,6 +266,9 @@ class FakeAdmin(Admin):
         if call_id is not None:
             raise RequestError("no such request", status=404)
         return RequestList(requests=[])
+
+    async def sessions(self) -> SessionList:
+        return SessionList(sessions=[])
 
     async def inspect(self, prompt: PromptRef) -> PromptInspection:
         self.prompts.append(prompt)

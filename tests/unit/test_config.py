@@ -7,7 +7,7 @@ import pytest
 import tomli
 
 from appliance import config
-from appliance.config import PROFILE_DIR, Profile, keys, load_profile, parse_size, parse_time
+from appliance.config import PROFILE_DIR, Profile, Share, keys, load_profile, parse_share, parse_size, parse_time
 from appliance.errors import ConfigError
 
 MAX_KEYS = 45
@@ -162,3 +162,24 @@ def test_home_is_the_option_then_kvctl_home_then_xdg_then_the_default(
 def test_a_batch_that_cannot_hold_a_token_of_each_sequence_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_tokens = 32 is below max_sequences = 64"):
         load_profile("default", ["engine.batch_tokens=32"])
+
+
+@pytest.mark.parametrize(
+    ("text", "of_1000"),
+    [("25%", 250), (" 12.5 % ", 125), ("0%", 0), ("100%", 1000), ("512", 512), (0, 0), ("4GiB", 1000)],
+)
+def test_a_share_is_a_percentage_or_a_size_and_never_more_than_the_whole(text: object, of_1000: int) -> None:
+    assert parse_share(text).of(1000) == of_1000
+    assert parse_share(parse_share(text)) == parse_share(text)
+
+
+@pytest.mark.parametrize("text", ["101%", "-1%", "half", "", "25 percent", True])
+def test_what_is_no_share_is_refused_with_an_example(text: object) -> None:
+    with pytest.raises(ValueError, match='write it like "25%" or "4GiB"'):
+        parse_share(text)
+    with pytest.raises(ConfigError, match="kv.prefetch_budget"):
+        load_profile("default", [f"kv.prefetch_budget={text}"])
+
+
+def test_the_default_budget_is_a_quarter() -> None:
+    assert Profile().kv.prefetch_budget == Share(fraction=0.25)

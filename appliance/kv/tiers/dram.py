@@ -14,7 +14,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -135,6 +135,17 @@ class Entry:
     pins: int = 0
 
 
+@dataclass(frozen=True)
+class _Either:
+    """What is in one of two containers."""
+
+    first: Container[BlockId]
+    second: Container[BlockId]
+
+    def __contains__(self, block: object) -> bool:
+        return block in self.first or block in self.second
+
+
 class DramTable:
     """Which block is in which slot, and which go first."""
 
@@ -165,8 +176,11 @@ class DramTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def has_room(self) -> bool:
-        return bool(self._free) or len(self._held) < len(self._entries)
+    def has_room(self, sparing: Container[BlockId] | None = None) -> bool:
+        """Whether put() finds a slot without the blocks in `sparing`."""
+        if self._free or not sparing:
+            return bool(self._free) or len(self._held) < len(self._entries)
+        return any(block not in self._held and block not in sparing for block in self._entries)
 
     def may_pin(self, entry: Entry | None) -> bool:
         """Whether one more block, or this one, may be pinned: a quarter of the slots is left to exports."""
@@ -192,11 +206,13 @@ class DramTable:
         tokens: Tokens,
         state: SlotState,
         used_us: int,
+        sparing: Container[BlockId] | None = None,
     ) -> Entry:
-        """A slot for a block the pool does not hold; evicts one if none is free. The caller saw has_room()."""
+        """A slot for a block the pool does not hold; evicts one if none is free. The caller saw has_room(sparing)."""
         assert block not in self._entries
         if not self._free:
-            (victim,) = self.policy.evict(1, self._held, ns.tenant)
+            protected = _Either(self._held, sparing) if sparing else self._held
+            (victim,) = self.policy.evict(1, protected, ns.tenant)
             self.drop(self._entries[victim])
             self.evicted += 1
         slot = self._free.pop()
