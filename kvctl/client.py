@@ -136,6 +136,9 @@ class AdminClient(_Client):
         path = "/v1/admin/requests" + (f"/{quote(call_id, safe='')}" if call_id else "")
         return _parse(control.RequestList, self._request("GET", path))
 
+    def sessions(self) -> control.SessionList:
+        return _parse(control.SessionList, self._request("GET", "/v1/admin/sessions"))
+
     def inspect(self, prompt: control.PromptRef) -> control.PromptInspection:
         return _parse(control.PromptInspection, self._request("POST", "/v1/admin/inspect", prompt.model_dump()))
 

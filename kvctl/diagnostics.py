@@ -39,6 +39,7 @@ class ExitCode(IntEnum):
     KEYRING = 8
     DAMAGE = 9
     API = 10
+    SKIPPED = 11
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -59,6 +60,7 @@ _MEANING = {
     ExitCode.KEYRING: "the keyring cannot be opened",
     ExitCode.DAMAGE: "kvctl verify found damaged or lost records",
     ExitCode.API: "the engine or the API refused or failed",
+    ExitCode.SKIPPED: "done, but for files that could not be used",
     ExitCode.INTERRUPTED: "cut short: Ctrl-C, or a second signal to kvctl serve",
     ExitCode.BROKEN_PIPE: "the reader of stdout went away",
 }
@@ -66,6 +68,10 @@ _MEANING = {
 
 class ApiError(KvctlError):
     """The appliance answered with an error."""
+
+
+class SomeSkipped(KvctlError):
+    """Not everything that was asked for could be done; the rest was."""
 
 
 _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (  # the first class that fits decides
@@ -81,6 +87,7 @@ _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (  # the first class 
     (EngineError, ExitCode.API),
     (Overloaded, ExitCode.API),
     (ApiError, ExitCode.API),
+    (SomeSkipped, ExitCode.SKIPPED),
 )
 
 

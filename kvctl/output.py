@@ -138,6 +138,35 @@ def progress(text: str) -> Iterator[Callable[[float, float], None]]:
         yield lambda done, total: bars.update(task, completed=done, total=max(total, 1))
 
 
+class ChangingLine:
+    """A line on stderr that is written over and over, and lines above it that stay. Where nobody watches, only those."""
+
+    def __init__(self, console: Console, status: RichStatus | None) -> None:
+        self._console = console
+        self._status = status
+
+    def __call__(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(plain(text))
+
+    def keep(self, text: str) -> None:
+        self._console.print(plain(text), soft_wrap=True)
+
+    def clear(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+@contextmanager
+def changing_line() -> Iterator[ChangingLine]:
+    console = stderr()
+    if not console.is_terminal:
+        yield ChangingLine(console, None)
+        return
+    with console.status("") as status:
+        yield ChangingLine(console, status)
+
+
 class Steps(Protocol):
     def __call__(self, text: str, fraction: float | None = None) -> None:
         """What is being done now."""

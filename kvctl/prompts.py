@@ -19,8 +19,8 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
-def read_messages(path: Path) -> list[dict[str, Any]]:
-    """A JSON file with a list of messages, or an object with the list under "messages"."""
+def read_chat(path: Path) -> dict[str, Any]:
+    """The chat fields of a PromptRef: a JSON file with a list of messages, or a chat request with messages and tools."""
     try:
         tree = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -28,13 +28,16 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
     messages = tree.get("messages") if isinstance(tree, dict) else tree
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise UsageError(f'{path}: write a list of messages, e.g. [{{"role": "user", "content": "Hello"}}]')
-    return messages
+    tools = tree.get("tools") if isinstance(tree, dict) else None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UsageError(f"{path}: tools should be a list, as in a chat request")
+    return {"messages": messages, "tools": tools}
 
 
 def prompt_of(prompt_file: Path | None, messages_file: Path | None) -> dict[str, Any]:
     """The prompt fields of a PromptRef, from the one option that was typed."""
     if messages_file is not None and prompt_file is None:
-        return {"messages": read_messages(messages_file)}
+        return read_chat(messages_file)
     if prompt_file is not None and messages_file is None:
         return {"prompt": read_text(prompt_file)}
     raise UsageError("name the prompt with either --prompt-file FILE (plain text) or --messages FILE (JSON)")

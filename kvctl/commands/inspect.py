@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from appliance.errors import UsageError
 from kvctl import output
 from kvctl.options import Home, Json, MessagesFile, PromptFile, Tenant, locate
 from kvctl.prompts import prompt_of
@@ -13,18 +14,21 @@ from kvctl.prompts import prompt_of
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from appliance.api.control import PromptInspection, StoreOverview
+    from appliance.api.control import PromptInspection, SessionList, StoreOverview
 
 
 def inspect(
     ctx: typer.Context,
     prompt_file: PromptFile = None,
     messages: MessagesFile = None,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="The sessions, and when their next turn is due.")
+    ] = False,
     tenant: Tenant = "default",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the tiers hold, or where a prompt's tokens are.
+    """Show what the tiers hold, where a prompt is, or the sessions.
 
     With --prompt-file or --messages also the estimated TTFT, warm and cold.
     """
@@ -32,22 +36,49 @@ def inspect(
     from kvctl.client import AdminClient
 
     asked = prompt_file is not None or messages is not None
+    if sessions and asked:
+        raise UsageError("--sessions shows all of them; ask about a prompt without it")
     prompt = PromptRef(tenant=tenant, **prompt_of(prompt_file, messages)) if asked else None
     with AdminClient(locate(ctx, home)) as admin:
-        found = admin.store() if prompt is None else admin.inspect(prompt)
+        if sessions:
+            found: StoreOverview | PromptInspection | SessionList = admin.sessions()
+        else:
+            found = admin.store() if prompt is None else admin.inspect(prompt)
     if as_json:
         output.print_json(found)
     else:
         _print(found)
 
 
-def _print(found: StoreOverview | PromptInspection) -> None:
-    from appliance.api.control import StoreOverview
+def _print(found: StoreOverview | PromptInspection | SessionList) -> None:
+    from appliance.api.control import SessionList, StoreOverview
 
     if isinstance(found, StoreOverview):
         _print_store(found)
+    elif isinstance(found, SessionList):
+        _print_sessions(found)
     else:
         _print_prompt(found)
+
+
+def _print_sessions(found: SessionList) -> None:
+    output.stdout().print(
+        output.table(
+            ["session", "tenant", ">turns", ">tokens", ">idle", ">thinks", ">next soon"],
+            (
+                (
+                    "[dim]unnamed[/]" if session.name is None else output.plain(session.name),
+                    output.plain(session.tenant),
+                    output.count(session.turns),
+                    output.count(session.tokens),
+                    output.duration(session.idle_s),
+                    output.duration(session.think_s),
+                    "running" if session.running else f"{session.chance:.0%}",
+                )
+                for session in found.sessions
+            ),
+        )
+    )
 
 
 def _print_store(store: StoreOverview) -> None:

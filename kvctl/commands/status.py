@@ -61,6 +61,12 @@ def _parts(status: Status) -> Iterator[RenderableType]:
         )
         if n
     ]
+    ahead = totals.prefetched
+    prefetched = f"{output.count(ahead.moved)} blocks" + "".join(
+        f", {output.count(n)} {what}"
+        for n, what in ((ahead.hit, "in time"), (ahead.late, "late"), (ahead.wasted, "not needed"))
+        if n
+    )
     failures = [
         f"{output.count(n)} {what}"
         for n, what in ((totals.integrity_failures, "records did not verify"), (totals.tier_failures, "tier failures"))
@@ -103,6 +109,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
                 f"{output.count(totals.prompt_tokens)} prompt{from_cache}, {output.count(totals.completion_tokens)} completion",
             ),
             *([("restored", ", ".join(restored))] if restored else []),
+            *([("prefetched", prefetched)] if ahead.moved else []),
             *([("pressure", ", ".join(pressure))] if pressure else []),
             *([("failures", f"[red]{', '.join(failures)}[/]")] if failures else []),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,10 +167,9 @@ def test_a_file_that_is_no_prompt(
 
 
 def test_a_prompt_is_named_one_way(kvctl: Kvctl, appliance: FakeAppliance, prompt: Path) -> None:
-    for typed in (["prefetch"], ["prefetch", "--prompt-file", str(prompt), "--messages", str(prompt)]):
-        result = kvctl(*typed)
-        assert result.code == ExitCode.USAGE
-        assert "either --prompt-file FILE (plain text) or --messages FILE (JSON)" in result.complaint
+    result = kvctl("inspect", "--prompt-file", str(prompt), "--messages", str(prompt))
+    assert result.code == ExitCode.USAGE
+    assert "either --prompt-file FILE (plain text) or --messages FILE (JSON)" in result.complaint
 
 
 def test_prefetch_reports_what_was_where_and_what_moved(kvctl: Kvctl, appliance: FakeAppliance, prompt: Path) -> None:
@@ -322,3 +322,19 @@ def test_the_client_evicts_a_tier(appliance: FakeAppliance) -> None:
     with AdminClient(appliance.home) as admin:
         assert admin.evict("dram").freed == 7
     assert appliance.body_of("POST /v1/admin/evict") == {"tier": "dram"}
+
+
+def test_sessions_are_listed_with_when_they_are_due(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    fields: dict[str, Any] = {"tenant": "t", "turns": 3, "tokens": 4200, "idle_s": 12.0, "think_s": 30.0}
+    found = {
+        "sessions": [
+            {"name": "chat-[1]", "chance": 0.34, "running": 0, **fields},
+            {"name": None, "chance": 0.0, "running": 1, **fields},
+        ]
+    }
+    appliance.replies["GET /v1/admin/sessions"] = (200, found)
+    lines = kvctl("inspect", "--sessions").out.splitlines()
+    assert lines[1].split() == ["chat-[1]", "t", "3", "4,200", "12.0", "s", "30.0", "s", "34%"]
+    assert lines[2].split()[0::8] == ["unnamed", "running"]
+    assert kvctl("inspect", "--sessions", "--json").json == found
+    assert kvctl("inspect", "--sessions", "--prompt-file", "x").code == ExitCode.USAGE

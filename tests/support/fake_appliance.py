@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,8 +27,8 @@ Reply = tuple[int, "dict[str, Any] | list[dict[str, Any]] | str"]
 class FakeAppliance:
     home: Path
     base_url: str = ""
-    replies: dict[str, Reply] = field(default_factory=dict)
-    """By "METHOD /path"."""
+    replies: dict[str, Reply | Callable[[Any], Reply]] = field(default_factory=dict)
+    """By "METHOD /path"; a function makes them of the body."""
     requests: list[tuple[str, dict[str, Any] | None]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
 
@@ -51,10 +51,12 @@ def _handler(fake: FakeAppliance) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             length = int(self.headers.get("content-length") or 0)
             route = f"{self.command} {self.path}"
-            fake.requests.append((route, json.loads(self.rfile.read(length)) if length else None))
+            asked = json.loads(self.rfile.read(length)) if length else None
+            fake.requests.append((route, asked))
             fake.keys.append(self.headers.get("authorization", ""))
             missing: Reply = (404, {"error": {"message": f"no canned reply for {route}"}})
-            status, body = fake.replies.get(route, missing)
+            reply = fake.replies.get(route, missing)
+            status, body = reply(asked) if callable(reply) else reply
             if isinstance(body, list):
                 text = "".join(json.dumps(line) + "\n" for line in body)
             else:

@@ -177,7 +177,7 @@ def test_a_share_is_a_percentage_or_a_size_and_never_more_than_the_whole(text: o
 def test_what_is_no_share_is_refused_with_an_example(text: object) -> None:
     with pytest.raises(ValueError, match='write it like "25%" or "4GiB"'):
         parse_share(text)
-    with pytest.raises(ConfigError, match="kv.prefetch_budget"):
+    with pytest.raises(ConfigError, match=r"kv\.prefetch_budget"):
         load_profile("default", [f"kv.prefetch_budget={text}"])
 
 
