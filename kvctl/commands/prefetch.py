@@ -59,7 +59,7 @@ def prefetch(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Bring prompts up ahead of need: a session, files, or a folder of documents.
+    """Bring prompts up ahead of need: a session, files, a folder.
 
     Stop it whenever you like: the same command goes on where it stopped. Files that are no text, or too long, are named
     and skipped; the exit code is 11 then.
