@@ -15,7 +15,6 @@ import pytest
 from appliance import build
 from appliance.ops.init import init
 from appliance.server.listen import Bound
-from appliance.types import Fingerprint
 from kvctl.child import KVCTL
 from kvctl.diagnostics import ExitCode
 from tests.cli.conftest import Kvctl
@@ -154,16 +153,6 @@ def test_a_port_in_use(kvctl: Kvctl, home: Path) -> None:
         result = kvctl("serve", "--set", "engine.kind=null", "--port", str(port))
     assert result.code == ExitCode.FAILURE
     assert result.complaint == f"port {port} on 127.0.0.1 is in use; choose another with --port"
-
-
-async def test_what_was_learned_of_one_model_outlives_another(tmp_path: Path) -> None:
-    fingerprints = [Fingerprint(model * 32, b"l" * 32) for model in (b"a", b"b")]
-    for fingerprint in fingerprints:
-        info = Mock(fingerprint=fingerprint, prefill_tokens_per_s=100.0, decode_step_s=0.01)
-        async with build._learned(tmp_path, info):
-            pass
-    kept = json.loads((tmp_path / "calibration.json").read_text())
-    assert set(kept) == {fingerprint.digest.hex() for fingerprint in fingerprints}
 
 
 def test_a_home_that_is_not_there_or_cannot_be_written(kvctl: Kvctl, tmp_path: Path) -> None:

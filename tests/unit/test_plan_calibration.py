@@ -51,6 +51,7 @@ async def test_what_was_learned_is_kept_for_the_same_model_and_box(tmp_path: Pat
     other = SimpleNamespace(**{**vars(INFO), "fingerprint": Fingerprint(b"x" * 32, bytes(32))})
     async with learned(tmp_path, other) as (_, keep):  # type: ignore[arg-type]
         assert keep is not None
+    assert len(json.loads((tmp_path / "calibration.json").read_text())) == 2, "one model's outlives another's"
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', "\x00"])
