@@ -151,7 +151,9 @@ class Ahead:
                 resident = 0  # it died: nothing is
         hits = self._store.lookup(place.ns, place.tokens).hits
         place.tiers = {hit.block: hit.tier for hit in hits}
-        decision = decide(len(place.tokens), resident, pieces_of(hits), self._cost)
+        decision = decide(
+            len(place.tokens), resident, pieces_of(hits), self._cost, both_ends=self._engine.info.layout.divisible
+        )
         return wanted(hits, resident, decision)
 
     def _make_room(self, nearer: _Place, slots: int) -> None:

@@ -44,6 +44,8 @@ async def inspect(runtime: Runtime, ns: Namespace, tokens: Tokens) -> Inspection
     for hit in lookup.hits:
         add(max(hit.start, resident), hit.start + hit.use_tokens, hit.tier)
     add(spans[-1][1] if spans else 0, len(tokens), None)
-    warm = decide(len(tokens), resident, pieces_of(lookup.hits), runtime.cost)
+    warm = decide(
+        len(tokens), resident, pieces_of(lookup.hits), runtime.cost, both_ends=runtime.engine.info.layout.divisible
+    )
     cold = decide(len(tokens), 0, (), runtime.cost)
     return Inspection(tuple(spans), warm.chosen.total_s, cold.chosen.total_s)

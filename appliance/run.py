@@ -104,7 +104,9 @@ class RequestRun:
         traffic = self._going.beside(self._id)
         hits = self._store.lookup(self.request.ns, tokens).hits
         self._store.touch(hits)  # what is resident, or computed anew, is not staged and yet used
-        decision = decide(len(tokens), present, pieces_of(hits), self._cost, traffic)
+        decision = decide(
+            len(tokens), present, pieces_of(hits), self._cost, traffic, both_ends=self._engine.info.layout.divisible
+        )
         if self._decision is None:
             self._decision = decision
         to_stage = wanted(hits, present, decision)
