@@ -27,6 +27,9 @@ from appliance.types import BlockId, BlockLayout, TierUsage, Tokens
 
 T = TypeVar("T")
 
+INDEX_ROOM_BYTES = 128 * 2**10
+"""On a medium that is full the index needs pages too, to forget and to add."""
+
 
 class Below:
     def __init__(
@@ -131,7 +134,7 @@ class Below:
                     if self._crowded:
                         raise
                     self._crowded = True
-                    await self._evict(sum(lengths), blocks[0].identity.tenant)
+                    await self._evict(sum(lengths) + INDEX_ROOM_BYTES, blocks[0].identity.tenant)
                     await self._append(blocks, superseded)
                 self._crowded = False
             except BaseException:
