@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import cast
 
 from appliance.api.control import PrefetchProgress
 from appliance.errors import Overloaded, RequestError
 from appliance.look import where
-from appliance.request import Finished, GenerateRequest
+from appliance.request import Chunk, Finished, GenerateRequest
 from appliance.runtime import Runtime
 from appliance.types import BlockId, Namespace, SamplingParams, Tier, Tokens
 
@@ -24,6 +25,7 @@ AT_ONCE = 4
 RETRY_AFTER_S = 2.0
 POOL_SHARE = 0.75
 """Of the slots, for one prompt."""
+PIECE_BLOCKS = 8
 HEARTBEAT_S = 1.0
 
 
@@ -98,14 +100,25 @@ async def prefetch(
                     moved_tokens += sum(hit.use_tokens for hit in staged.hits)
                     moved_bytes += staged.nbytes
                     yield step(done=False)
-    part = tokens if compute else tokens[: len(tokens) - rest]
-    if part and (to is Tier.HBM or (compute and rest)):
-        request = GenerateRequest(f"prefetch-{os.urandom(8).hex()}", ns, part, SamplingParams(max_tokens=0))
-        async for event in runtime.generate(request):
-            if isinstance(event, Finished):
-                computed, moved_bytes = event.sources.computed, moved_bytes + event.loaded_bytes
-                moved_tokens += event.sources.dram + event.sources.nvme + event.sources.remote
+    for stop in _stops(runtime, len(tokens) - rest, len(tokens) if compute else len(tokens) - rest, to):
+        request = GenerateRequest(f"prefetch-{os.urandom(8).hex()}", ns, tokens[:stop], SamplingParams(max_tokens=0))
+        async with aclosing(cast(AsyncGenerator[Chunk | Finished, None], runtime.generate(request))) as events:
+            (finished,) = [event async for event in events if isinstance(event, Finished)]
+        computed += finished.sources.computed
+        if to is Tier.HBM:
+            moved_tokens += finished.sources.dram + finished.sources.nvme + finished.sources.remote
+            moved_bytes += finished.loaded_bytes
+        yield step(done=False)
     yield step(done=True)
+
+
+def _stops(runtime: Runtime, stored: int, tokens: int, to: Tier) -> list[int]:
+    """How many leading tokens to have in cells, again and again: what is not stored is computed a few blocks at a time, so
+    that it shows how far it is, and gives others their turn in between."""
+    piece = PIECE_BLOCKS * runtime.engine.info.layout.block_tokens
+    first = stored - stored % piece + piece
+    needed = tokens > stored or (to is Tier.HBM and tokens > 0)
+    return [*range(first, tokens, piece), tokens] if needed else []
 
 
 def in_use(runtime: Runtime) -> set[BlockId]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from appliance.api.control import PrefetchProgress, PrefetchRequest
 from appliance.api.folder import FilePrefetched, FilesPrefetched
@@ -62,6 +63,7 @@ class Bulk:
             files=len(self._items),
             done=states.count("done"),
             there=states.count("there"),
+            absent=states.count("absent"),
             skipped=states.count("skipped"),
             prompt_tokens=sum(file.prompt_tokens for file in self._ended),
             moved_tokens=sum(file.moved_tokens for file in self._ended),
@@ -89,7 +91,7 @@ class Bulk:
             return FilePrefetched(file=str(item.path), state="skipped", reason=SKIPPED_CODES[error.code])
         return FilePrefetched(
             file=str(item.path),
-            state="done" if last.moved_tokens or last.computed_tokens else "there",
+            state=_state(last),
             prompt_tokens=last.prompt_tokens,
             moved_tokens=last.moved_tokens,
             computed_tokens=last.computed_tokens,
@@ -119,10 +121,16 @@ class Bulk:
         tokens = sum(file.prompt_tokens for file in self._ended)
         busy_tokens = worked + sum(file.moved_tokens + file.computed_tokens for file in self._ended)
         seconds = max(time.monotonic() - self._started_s, 1e-9)
-        left_s = seconds * (self._all_bytes - ended) / ended if ended else None
+        left_s = seconds * (self._all_bytes - ended) / ended if busy_tokens else None
         return progress_line(
             len(self._ended), len(self._items), tokens + worked, busy_tokens / seconds, left_s, item.path.name
         )
+
+
+def _state(last: PrefetchProgress) -> Literal["done", "there", "absent"]:
+    if last.moved_tokens or last.computed_tokens:
+        return "done"
+    return "absent" if last.found.get("none") else "there"
 
 
 def progress_line(done: int, files: int, tokens: int, tokens_per_s: float, left_s: float | None, name: str) -> str:

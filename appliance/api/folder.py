@@ -10,8 +10,8 @@ from appliance.api.control import Model
 class FilePrefetched(Model):
     kind: Literal["file"] = "file"
     file: str
-    state: Literal["done", "there", "skipped"]
-    """there: it was where it should be already, nothing had to be done."""
+    state: Literal["done", "there", "absent", "skipped"]
+    """there: it was where it should be already; absent: no tier has it, and nothing was to be computed."""
     reason: str | None = None
     """Why it was skipped."""
     prompt_tokens: int = 0
@@ -25,6 +25,7 @@ class FilesPrefetched(Model):
     files: int
     done: int
     there: int
+    absent: int
     skipped: int
     prompt_tokens: int
     moved_tokens: int

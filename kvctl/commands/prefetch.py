@@ -137,6 +137,8 @@ def _many(admin: AdminClient, items: list[Item], as_json: bool) -> None:
 
 def _print_summary(summary: FilesPrefetched) -> None:
     parts = [f"{output.count(summary.done)} brought up", f"{output.count(summary.there)} were there already"]
+    if summary.absent:
+        parts.append(f"{output.count(summary.absent)} in no tier: they are computed with --compute")
     if summary.skipped:
         parts.append(f"{output.count(summary.skipped)} skipped")
     worked = summary.moved_tokens + summary.computed_tokens

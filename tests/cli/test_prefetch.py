@@ -51,8 +51,9 @@ def answering(appliance: FakeAppliance, stored: set[str] = frozenset()) -> None:
             refusal = {"message": "the context holds 10", "code": "context_length_exceeded", "param": "prompt"}
             return 400, {"error": refusal}
         new = 0 if text in stored else 90
-        first = canned.prefetched(prompt_tokens=100, moved_tokens=0, done=False)
-        return 200, [first, canned.prefetched(prompt_tokens=100, moved_tokens=new, computed_tokens=new)]
+        found = {"dram": 100} if text in stored else {"nvme": 10, "none": 90}
+        first = canned.prefetched(prompt_tokens=100, moved_tokens=0, found=found, done=False)
+        return 200, [first, canned.prefetched(prompt_tokens=100, found=found, moved_tokens=new, computed_tokens=new)]
 
     appliance.replies[ROUTE] = reply
 
@@ -272,3 +273,10 @@ def test_on_a_terminal_files_tokens_rate_and_eta_are_shown(
     console.file.close()
     assert drawn[0].startswith("0/2 files, 0 tokens, 0 tok/s, ETA -")
     assert drawn[-1].startswith("1/2 files, 280 tokens, ")
+
+
+def test_what_no_tier_has_is_not_said_to_be_there(kvctl: Kvctl, appliance: FakeAppliance, folder: Path) -> None:
+    appliance.replies[ROUTE] = (200, [canned.prefetched(moved_tokens=0, found={"none": 1000})])
+    typed = ("prefetch", "--dir", str(folder), "--glob", "a.txt")
+    assert "0 were there already, 1 in no tier: they are computed with --compute" in " ".join(kvctl(*typed).out.split())
+    assert [json.loads(line).get("state") for line in kvctl(*typed, "--json").out.splitlines()] == ["absent", None]

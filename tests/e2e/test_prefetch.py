@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from appliance.api.control import PromptRef
 from kvctl.child import KVCTL
+from kvctl.client import AdminClient
 from kvctl.diagnostics import ExitCode
 from tests.support.appliance import BLOCK, ROOT, TOKEN_BYTES, Appliance, appliance, kvctl, prompt, text, until
 
@@ -114,11 +117,13 @@ def crowded(tmp_path: Path) -> Iterator[Appliance]:
 
 def test_while_its_user_thinks_a_session_comes_up_again_after_others_pushed_it_out(crowded: Appliance) -> None:
     tokens = prompt(1, BLOCK * 5)
-    for _ in range(3):
-        crowded.complete(tokens, prompt_cache_key="mine", max_tokens=4)
+    crowded.complete(tokens, prompt_cache_key="mine", max_tokens=4)
+    time.sleep(2)  # its user thinks: who comes at once is expected at once
+    crowded.complete(tokens, prompt_cache_key="mine", max_tokens=4)
     with ThreadPoolExecutor(4) as others:
         list(others.map(lambda n: crowded.complete(prompt(10 + n, BLOCK * 50), max_tokens=1), range(4)))
-    until(lambda: crowded.status().totals.prefetched.moved >= 5, "brought up")
+    with AdminClient(crowded.home) as admin:
+        until(lambda: {s.tier for s in admin.inspect(PromptRef(prompt=text(tokens))).spans} == {"dram"}, "brought up")
     answer = crowded.complete(tokens, prompt_cache_key="mine", max_tokens=4)
     assert (answer.sources["nvme"], answer.sources["computed"]) == (0, 1)
     assert crowded.status().totals.prefetched.hit >= 5

@@ -161,3 +161,21 @@ async def test_a_prefetch_never_displaces_what_a_running_request_needs(tmp_path:
         assert runtime.store.lookup(NS, mine).by_tier() == {Tier.DRAM: len(mine)}
         engine_of(runtime).decoding.open()
         await task
+
+
+async def test_a_long_prompt_is_computed_piece_by_piece_and_given_up_in_between(tmp_path: Any) -> None:
+    async with running(tmp_path, slots=64) as runtime:
+        tokens = prompt(1, 16 * 30 + 3)
+        seen: list[int] = []
+        steps = Prefetches(runtime).run(NS, tokens, to=Tier.DRAM, compute=True)
+        async for step in steps:
+            seen.append(step.computed_tokens)
+            if step.computed_tokens >= 256:
+                break
+        await steps.aclose()
+        await until(lambda: not engine_of(runtime).known)
+        assert seen == [0, 128, 256]
+        assert runtime.store.lookup(NS, tokens).tokens == 256, "what was computed is kept"
+        (*_, last) = [step async for step in Prefetches(runtime).run(NS, tokens, to=Tier.DRAM, compute=True)]
+        assert (last.found, last.done) == ({"dram": 256, "none": len(tokens) - 256}, True)
+        assert runtime.store.lookup(NS, tokens).tokens == len(tokens)
