@@ -28,6 +28,8 @@ from appliance.types import BlockId, Tokens
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
+SETTLED_S = (1.0, 8.0)
+"""First and longest time until all is looked at again after nothing was missing: only chances change meanwhile."""
 IN_VIEW = 16
 """Sessions looked at: the likeliest ones."""
 SLICE_BYTES = 16 * 2**20
@@ -67,6 +69,12 @@ class Anticipation:
         self._holds: dict[Session, _Hold] = {}
         self._rest_s = REST_S[0]
         self._rests_until_s = 0.0
+        self._staged = 0
+        """Runs, since start."""
+        self._changes = -1
+        """Of the sessions, when nothing was missing."""
+        self._settled_s = SETTLED_S[0]
+        self._settled_until_s = 0.0
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -89,11 +97,13 @@ class Anticipation:
         """Look once: let go of what is not needed or in the way, and bring up what is missing."""
         if self._runtime.turns.crowded or self._runtime.draining:
             self._let_go(list(self._holds))
+            self._changes = -1
             return
         ranked = self._runtime.sessions.ranked()
         self._expire(set(ranked))
-        if not self._works():
+        if not self._works() or self._is_settled():
             return
+        changes, staged = self._runtime.sessions.changes, self._staged
         shares = await self._shares(ranked[:IN_VIEW])
         kept = {share.session: {hit.block for hit in share.hits} for share in shares}
         self._let_go(
@@ -102,6 +112,17 @@ class Anticipation:
         for share in shares:
             if not await self._bring(share):
                 return
+        self._settle(changes, moved=self._staged > staged)
+
+    def _is_settled(self) -> bool:
+        return self._runtime.sessions.changes == self._changes and self._clock() < self._settled_until_s
+
+    def _settle(self, changes: int, *, moved: bool) -> None:
+        """Nothing was missing, or is any more."""
+        again = changes == self._changes and not moved
+        self._settled_s = min(2 * self._settled_s, SETTLED_S[1]) if again else SETTLED_S[0]
+        self._settled_until_s = self._clock() + self._settled_s
+        self._changes = changes
 
     def forget(self) -> None:
         """Nothing is held, nor expected of the sessions known now before their next turn."""
@@ -158,6 +179,7 @@ class Anticipation:
                     self._runtime.store.unpin(staged)
                     return False
                 hold.runs.append(staged)
+                self._staged += 1
                 came += len(staged.hits)
         if came < len(hits) or self._clock() - began_s > SLOW_S:
             self._rest()

@@ -76,6 +76,8 @@ class Sessions:
         self._unnamed: dict[BlockId, dict[Session, None]] = {}
         """By the last full block of the latest prompt."""
         self._requests: dict[str, Session] = {}
+        self.changes = 0
+        """Grows whenever a session came, went on or was given up."""
         self._nbytes = 0
 
     # --- what happens to requests -----------------------------------------------------------------------------------
@@ -143,6 +145,7 @@ class Sessions:
 
     def expect_none(self) -> None:
         """Of all that is known now, no next turn is expected."""
+        self.changes += 1
         for session in self._used:
             session.expected = False
 
@@ -166,6 +169,7 @@ class Sessions:
     def _remember(self, session: Session, tokens: Tokens, now_s: float) -> None:
         if session in self._used:
             self._nbytes -= session.nbytes
+        self.changes += 1
         session.tokens, session.used_s = tokens, now_s
         self._nbytes += session.nbytes
         self._used[session] = None

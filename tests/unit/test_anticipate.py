@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -269,3 +270,25 @@ async def test_a_prefetch_is_no_turn_of_a_session(tmp_path: Path) -> None:
         asked = request("prefetch", prompt(1, LONG))
         await answer(bench.runtime, type(asked)("p", NS, asked.prompt, SamplingParams(max_tokens=0)))
         assert len(bench.runtime.sessions) == 0
+
+
+async def test_while_nothing_changes_it_looks_less_and_less_often(tmp_path: Path) -> None:
+    async with anticipating(tmp_path) as bench:
+        await bench.turn(1)
+        looked: list[float] = []
+        engine, resident = engine_of(bench.runtime), engine_of(bench.runtime).resident
+
+        async def counted(ns: bytes, tokens: Tokens) -> int:
+            looked.append(bench.now_s)
+            return await resident(ns, tokens)
+
+        engine.resident = counted  # type: ignore[method-assign]
+        for _ in range(40):
+            await bench.anticipation.step()
+            bench.now_s += 0.5
+        gaps = [later - earlier for earlier, later in itertools.pairwise(looked)]
+        assert gaps == [1, 2, 4, 8]
+        second = await bench.turn(2)
+        bench.now_s += 0.5
+        await bench.anticipation.step()
+        assert bench.in_dram(second) == LONG, "a new turn is seen at once"
