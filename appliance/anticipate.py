@@ -142,7 +142,7 @@ class Anticipation:
             needed = [hit for hit in lookup.hits if hit.start + hit.use_tokens > resident]
             affordable = 0
             for hit in needed:
-                if hit.block not in paid and len(paid) == self._budget:
+                if len(paid) == self._budget:
                     break
                 paid.add(hit.block)
                 affordable += 1
