@@ -35,7 +35,8 @@ from appliance.sessions import Sessions
 from appliance.text import TextCalls
 from appliance.totals import Totals
 from appliance.trace import Recorder
-from appliance.turns import GENERATED, Turn, Turns
+from appliance.turn import Turn
+from appliance.turns import GENERATED, Turns
 from appliance.types import Namespace, Tokens
 
 __all__ = ["Chunk", "Finished", "GenerateRequest", "Limits", "Runtime", "Timings"]
@@ -160,12 +161,16 @@ class Runtime:
         content = self._content(request)
         self._quarantine.check(content)
         alone = self._quarantine.suspects(content)
-        turn = self.turns.enter(request.request_id, request.ns.tenant, len(request.prompt), alone=alone)
+        turn = self.turns.enter(request.request_id, request.ns.tenant, self._to_compute(request), alone=alone)
         self._waits(request, request.prompt)
         if request.sampling.max_tokens:
             self.sessions.arrived(request)
             self.prefetched.asked(request.ns, request.prompt)
         return turn
+
+    def _to_compute(self, request: GenerateRequest) -> int:
+        """Tokens of its prompt, as far as can be told before it has cells: what is in hbm is mostly stored too."""
+        return max(1, len(request.prompt) - self.store.lookup(request.ns, request.prompt).tokens)
 
     def _waits(self, request: GenerateRequest, tokens: Tokens) -> None:
         """It has a place in the queue; `tokens` are what it will need in cells."""
@@ -183,7 +188,8 @@ class Runtime:
                     await run.release()
                     run = RequestRun(self._parts, request, arrived_s)
                 alone = self._quarantine.suspects(self._content(request))
-                self.turns.put_back(turn, len(request.prompt) if outcome is _Outcome.CRASHED else 1, alone=alone)
+                left = self._to_compute(request) if outcome is _Outcome.CRASHED else 1
+                self.turns.put_back(turn, left, alone=alone)
                 self._waits(request, run.sequence)
             self.turns.leave(turn)
             await run.write_behind()

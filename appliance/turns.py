@@ -1,8 +1,8 @@
 """Who computes next: a queue that is fair between tenants.
 
 A tenant is charged, in tokens, for what its requests take: a computed token counts once, a generated one GENERATED times,
-a loaded one nothing. The next turn is of the tenant that was charged least, and inside a tenant of who came first. A
-tenant that had nothing waiting starts at the level of those who have: it can neither save up nor be punished.
+a loaded one nothing. The next turn is of the tenant that was charged least; turn.py says whose inside a tenant. A tenant
+that had nothing waiting starts at the level of those who have: it can neither save up nor be punished.
 
 Invariant: at most max_running turns are held, one of them at most waits for cells; no more requests wait than max_queue,
 besides those that were put back. While a request waits, no other tenant is charged more than the two levels differ,
@@ -15,9 +15,9 @@ import asyncio
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from appliance.errors import Overloaded
+from appliance.turn import Turn, in_order
 
 GENERATED = 4
 """What a generated token is charged: it takes a step of its own, a computed one a part of a batch."""
@@ -28,33 +28,13 @@ FIRST_SERVICE_S = 2.0
 SMOOTHING = 0.2
 
 
-@dataclass(eq=False)
-class Turn:
-    """One request's place: it waits, holds its turn, may be put back, and leaves."""
-
-    number: int
-    """In the order in which requests came."""
-    request_id: str
-    tenant: str
-    expected: int
-    """Tokens it will be charged for, as far as is known and not charged yet."""
-    alone: bool = False
-    """It may only run when nothing else does."""
-    since_s: float = 0.0
-    """When it began to wait, or was given the turn."""
-    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    cancelled: bool = False
-    computing: bool = False
-    """It can be preempted: the engine is computing it, and was not asked yet."""
-
-
 class Turns:
     def __init__(self, max_running: int, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_running = max_running
         self._max_queue = max_queue
         self._clock = clock
         self._queues: dict[str, list[Turn]] = {}
-        """Of tenants with waiting requests only; who came first is first, also when it was put back."""
+        """Of tenants with waiting requests only, as they came, also when they were put back."""
         self._entered = 0
         self._held: dict[Turn, None] = {}
         """In the order of the grants."""
@@ -135,7 +115,7 @@ class Turns:
         self._levels[turn.tenant] += tokens
 
     def put_back(self, turn: Turn, expected: int, *, alone: bool = False) -> None:
-        """It gives up its turn and waits again, before all of its tenant that came later."""
+        """It gives up its turn and waits again, in the place that it had by its number."""
         self._let_go(turn)
         turn.expected, turn.alone = expected, turn.alone or alone
         turn.granted = asyncio.get_running_loop().create_future()
@@ -165,15 +145,15 @@ class Turns:
         if self._admitting is not None:
             yield self._admitting
         levels = {tenant: self._key(tenant) for tenant in self._queues}
-        places = dict.fromkeys(levels, 0)
-        while levels:
-            tenant = min(levels, key=lambda name: (levels[name], self._queues[name][places[name]].number))
-            queue, place = self._queues[tenant], places[tenant]
-            yield queue[place]
-            levels[tenant] += queue[place].expected
-            places[tenant] += 1
-            if places[tenant] == len(queue):
-                del levels[tenant]
+        orders = {tenant: in_order(queue) for tenant, queue in self._queues.items()}
+        heads = {tenant: next(order) for tenant, order in orders.items()}
+        while heads:
+            tenant = min(heads, key=lambda name: (levels[name], heads[name].number))
+            turn = heads.pop(tenant)
+            yield turn
+            levels[tenant] += turn.expected
+            if (following := next(orders[tenant], None)) is not None:
+                heads[tenant] = following
 
     def overdue(self, patience_s: float) -> Turn | None:
         """Who must make room: another tenant's request waited longer, and this one's tenant was served more.
@@ -220,6 +200,8 @@ class Turns:
             if self._held and (turn.alone or any(held.alone for held in self._held)):
                 return
             self._leave_queue(turn)
+            for other in self._queues.get(turn.tenant, ()):
+                other.overtaken += other.number < turn.number
             self._held[turn] = None
             self._admitting = turn
             turn.since_s = self._clock()

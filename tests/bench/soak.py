@@ -28,6 +28,7 @@ import psutil
 
 from kvctl import output
 from kvctl.client import AdminClient, read_client_file
+from kvctl.diagnostics import ExitCode
 from tests.support.appliance import Appliance, appliance, kvctl, prompt
 
 SETTINGS: dict[str, object] = {
@@ -45,6 +46,8 @@ MEMORY_GROWTH_BYTES = 24 * 2**20
 """Of the control process, between the second and the last tenth of the run: caches fill up to their bounds meanwhile."""
 DESCRIPTORS_GROWTH = 2
 ALLOWED = {200, 422, 429, 503}
+TOLD = {ExitCode.OK, ExitCode.FAILURE, ExitCode.API}
+"""How a command may end when the engine dies beside it, or the queue is full."""
 
 
 @dataclass
@@ -177,7 +180,7 @@ class Load:
                 admin.evict(draw.choice(("hbm", "dram")))
             return
         ran = kvctl(self._running.home, *chosen)
-        if "Traceback" in ran.err or ran.code not in (0, 1, 6, 7, 8):
+        if "Traceback" in ran.err or ran.code not in TOLD:
             self._fault(f"kvctl {chosen[0]} ended with {ran.code}: {ran.err.strip()[-200:]}")
 
     def _kill(self) -> None:

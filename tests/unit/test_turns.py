@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import Overloaded
-from appliance.turns import Turn, Turns
+from appliance.turn import OVERTAKEN, Turn
+from appliance.turns import Turns
 
 DEAREST = 50
 
@@ -60,13 +61,16 @@ def test_no_request_waits_while_another_tenant_is_given_much_more(max_running: i
         queues: dict[str, list[Turn]] = {}
         heads: dict[str, Head] = {}
         costs: dict[Turn, int] = {}
+        overtaken: Counter[Turn] = Counter()
 
         def look() -> None:
             """Take note of grants until there are none."""
             while new := [turn for queue in queues.values() for turn in queue if grant(turn)]:
                 (turn,) = new
-                assert queues[turn.tenant][0] is turn, "first come, first served inside a tenant"
-                queues[turn.tenant].pop(0)
+                queues[turn.tenant].remove(turn)
+                for other in queues[turn.tenant]:
+                    overtaken[other] += other.number < turn.number
+                    assert overtaken[other] <= OVERTAKEN, "inside a tenant nobody is overtaken for ever"
                 held.append(turn)
                 for head in heads.values():
                     if head.turn.tenant != turn.tenant:
@@ -234,3 +238,20 @@ async def test_nobody_is_preempted_for_one_of_the_same_tenant() -> None:
     turns.enter("a1", "a", 1, alone=False)
     clock.now_s += 60
     assert turns.overdue(5) is None
+
+
+async def test_inside_a_tenant_who_has_least_to_compute_goes_first_and_nobody_waits_for_ever() -> None:
+    turns = Turns(1, 100, Clock())
+    turns.enter("runs", "a", 5, alone=False)
+    for name, expected in (("long", 5000), ("short", 30), ("longer", 9000), ("shorter", 10)):
+        turns.enter(name, "a", expected, alone=False)
+    assert names(turns)[1:] == ["shorter", "short", "long", "longer"]
+    order = []
+    for n in range(40):
+        running = next(iter(turns._held))
+        turns.has_cells(running)
+        order.append(running.request_id)
+        turns.enter(f"s{n}", "a", 20, alone=False)
+        turns.leave(running)
+    assert order.index("long") <= 1 + 2 + OVERTAKEN
+    assert order.index("longer") <= 1 + 4 + 2 * OVERTAKEN
