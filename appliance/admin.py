@@ -326,6 +326,13 @@ class ApplianceAdmin(Admin):
     def trace(self) -> AsyncGenerator[TraceHeader | TraceEvent | None, None]:
         return self._runtime.recorder.listen()
 
+    async def erase(self, prompt: PromptRef) -> EvictResult:
+        """A resident sequence cannot be told from another, so hbm forgets all that does not run."""
+        tokens = await self._tokens(prompt)
+        freed = await self._store.erase(self._namespace(prompt), tokens)
+        await self._engine.evict()
+        return EvictResult(freed=freed)
+
     async def tenants(self) -> TenantList:
         return tenants_of(self._keyring)
 

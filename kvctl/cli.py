@@ -20,6 +20,7 @@ from kvctl.commands import (
     bench,
     chat,
     demo,
+    evict,
     explain,
     init,
     inspect,
@@ -75,6 +76,7 @@ app.command()(chat.chat)
 app.command()(inspect.inspect)
 app.command()(explain.explain)
 app.command()(prefetch.prefetch)
+app.command()(evict.evict)
 app.command()(verify.verify)
 app.add_typer(trace.app, name="trace")
 app.command()(simulate.simulate)

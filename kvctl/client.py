@@ -159,6 +159,9 @@ class AdminClient(_Client):
             yield _parse(kind, _or_error(_json(line))) if line else None
             kind = TraceEvent
 
+    def erase(self, prompt: control.PromptRef) -> control.EvictResult:
+        return _parse(control.EvictResult, self._request("POST", "/v1/admin/erase", prompt.model_dump()))
+
     def tenants(self) -> control.TenantList:
         return _parse(control.TenantList, self._request("GET", "/v1/admin/tenants"))
 

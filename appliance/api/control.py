@@ -10,6 +10,7 @@
   POST /v1/admin/verify     VerifyRequest   lines of VerifyProgress, the last with report
   POST /v1/admin/evict      EvictRequest    EvictResult
   GET  /v1/admin/trace                      lines of api/trace.py, a header first; an empty line is a sign of life
+  POST /v1/admin/erase      PromptRef       EvictResult
   GET  /v1/admin/tenants                    TenantList
   POST /v1/admin/tenants    TenantAdd       TenantAdded
 
@@ -340,7 +341,7 @@ class EvictRequest(Model):
 
 class EvictResult(Model):
     freed: int
-    """Cells (hbm) or blocks (dram)."""
+    """Cells (hbm), or blocks (dram, and of an erased prompt)."""
 
 
 class TenantAdd(Model):

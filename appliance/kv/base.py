@@ -164,6 +164,11 @@ class KVStore(ABC):
         """Free every DRAM slot whose block is durable below and not pinned; returns the blocks evicted."""
 
     @abstractmethod
+    async def erase(self, ns: Namespace, tokens: Tokens) -> int:
+        """Forget the stored prefix of a prompt in every tier, but for what is in use; returns the blocks that went.
+        TierError if the medium refuses."""
+
+    @abstractmethod
     def usage(self) -> list[TierUsage]:
         """dram, nvme and, when configured, remote."""
 

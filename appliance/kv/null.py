@@ -65,6 +65,9 @@ class NullStore(KVStore):
     def evict_dram(self) -> int:
         return 0
 
+    async def erase(self, ns: Namespace, tokens: Tokens) -> int:
+        return 0
+
     def usage(self) -> list[TierUsage]:
         dram = TierUsage(Tier.DRAM, 0, 0, 0, 0, state="off", notes=(self._why,))
         return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off")]

@@ -17,6 +17,7 @@ from appliance.api.control import VerifyProgress
 from appliance.errors import StoreBusy
 from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
+from appliance.kv.erase import erase
 from appliance.kv.fair import FairShare
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
@@ -32,6 +33,7 @@ from appliance.kv.write_behind import WriteBehind
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
 
+ERASE_WAIT_S = 30.0
 COUNTED = (
     "quarantined_total",
     'load_bytes_total{tier="dram"}',
@@ -222,6 +224,11 @@ class TieredStore(KVStore):
         for entry in victims:
             self._dram.drop(entry)
         return len(victims)
+
+    async def erase(self, ns: Namespace, tokens: Tokens) -> int:
+        await self.flush(ERASE_WAIT_S)  # what is being written cannot go
+        hits = self.lookup(ns, tokens).hits
+        return await erase(self._dram, self._below, [hit.block for hit in hits if hit.use_tokens == hit.n_tokens])
 
     def _is_durable(self, entry: Entry) -> bool:
         """Whether it is below, in its own record or in that of a longer block which took its place."""

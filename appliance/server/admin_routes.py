@@ -70,6 +70,10 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     async def trace() -> Response:
         return json_lines(_lines(admin.trace()))
 
+    @routes.post("/erase")
+    async def erase(request: Request) -> Response:
+        return _json(await admin.erase(_normalised(await read_request(request, PromptRef, max_body_bytes))))
+
     @routes.get("/tenants")
     async def tenants() -> Response:
         return _json(await admin.tenants())

@@ -108,6 +108,9 @@ class Admin(ABC):
         """A header, then each request that ends; None while none does. Closed when the caller goes away."""
 
     @abstractmethod
+    async def erase(self, prompt: PromptRef) -> EvictResult: ...
+
+    @abstractmethod
     async def tenants(self) -> TenantList: ...
 
     @abstractmethod

@@ -338,3 +338,15 @@ def test_sessions_are_listed_with_when_they_are_due(kvctl: Kvctl, appliance: Fak
     assert lines[2].split()[0::8] == ["unnamed", "running"]
     assert kvctl("inspect", "--sessions", "--json").json == found
     assert kvctl("inspect", "--sessions", "--prompt-file", "x").code == ExitCode.USAGE
+
+
+def test_evict_forgets_a_prompt_or_empties_a_tier(kvctl: Kvctl, appliance: FakeAppliance, prompt: Path) -> None:
+    appliance.replies["POST /v1/admin/erase"] = (200, {"freed": 4})
+    appliance.replies["POST /v1/admin/evict"] = (200, {"freed": 1234})
+    assert kvctl("evict", "--prompt-file", str(prompt), "--tenant", "bob").out == "4 blocks forgotten\n"
+    asked = control.PromptRef.model_validate(appliance.body_of("POST /v1/admin/erase"))
+    assert (asked.tenant, asked.prompt) == ("bob", "Ein längerer Text")
+    assert kvctl("evict", "--tier", "hbm").out == "1,234 cells forgotten\n"
+    assert kvctl("evict", "--tier", "dram", "--json").json == {"freed": 1234}
+    for wrong in ((), ("--tier", "dram", "--prompt-file", str(prompt))):
+        assert kvctl("evict", *wrong).code == ExitCode.USAGE

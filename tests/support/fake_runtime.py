@@ -304,6 +304,10 @@ class FakeAdmin(Admin):
         finally:
             self.closed.append("verify")
 
+    async def erase(self, prompt: PromptRef) -> EvictResult:
+        self.prompts.append(prompt)
+        return EvictResult(freed=3)
+
     async def evict(self, request: EvictRequest) -> EvictResult:
         return EvictResult(freed=7)
 
