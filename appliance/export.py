@@ -55,10 +55,13 @@ class Exporter:
             await self._export(tokens)
 
     async def _export(self, tokens: Tokens) -> None:
+        durable = self._request.retention_s != 0
+        if durable:
+            self._store.keep(self._request.ns, tokens)
         missing = self._store.missing(self._request.ns, tokens)
         while missing:
             try:
-                reserved = await self._store.reserve(self._request.ns, missing[:EXPORT_RUN])
+                reserved = await self._store.reserve(self._request.ns, missing[:EXPORT_RUN], durable=durable)
             except StoreBusy as error:
                 log.warning("%d blocks are not stored: %s", len(missing), error)
                 return

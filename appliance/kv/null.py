@@ -50,8 +50,11 @@ class NullStore(KVStore):
     def unpin(self, staged: Staged) -> None:
         raise AssertionError("nothing is ever staged here")
 
-    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
+    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock], *, durable: bool = True) -> list[Reservation]:
         return []
+
+    def keep(self, ns: Namespace, tokens: Tokens) -> None:
+        pass
 
     def commit(self, reservations: Sequence[Reservation]) -> None:
         assert not reservations

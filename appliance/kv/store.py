@@ -34,6 +34,7 @@ from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
 
 ERASE_WAIT_S = 30.0
+
 COUNTED = (
     "quarantined_total",
     'load_bytes_total{tier="dram"}',
@@ -146,7 +147,7 @@ class TieredStore(KVStore):
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
-    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock]) -> list[Reservation]:
+    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock], *, durable: bool = True) -> list[Reservation]:
         reserved: list[Reservation] = []
         since_s = time.monotonic()
         try:
@@ -159,6 +160,7 @@ class TieredStore(KVStore):
                     if not self._finder.holds(new):
                         state, now_us = SlotState.RESERVED, self._now_us()
                         entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
+                        entry.durable = durable
                         self._promise(self._payload_bytes(new))
                         reserved.append(Reservation(new, entry.slot))
         except BaseException:
@@ -178,12 +180,15 @@ class TieredStore(KVStore):
         if self._writer is not None:
             self._writer.promised_bytes += nbytes
 
+    def keep(self, ns: Namespace, tokens: Tokens) -> None:
+        if self._writer is not None:
+            self._writer.keep(hit.block for hit in self.lookup(ns, tokens).hits)
+
     def commit(self, reservations: Sequence[Reservation]) -> None:
         for entry in self._ended(reservations):
-            if self._writer is None:
+            if self._writer is None or not entry.durable:
                 self._dram.set_state(entry, SlotState.CLEAN)
             else:
-                self._dram.set_state(entry, SlotState.DIRTY)
                 self._writer.put(entry)
             self._drop_superseded(entry)
         self._dram.touch([reservation.new.block for reservation in reservations], self._now_us(), counts=False)
@@ -204,8 +209,8 @@ class TieredStore(KVStore):
     def _drop_superseded(self, entry: Entry) -> None:
         """Tails in DRAM whose tokens the new block begins with; below they go with its record. Indivisible ones stay."""
         for other in list(self._dram.children(entry.parent)) if self._layout.divisible else ():
-            n = len(other.tokens)
-            if n < len(entry.tokens) and other.tokens == entry.tokens[:n] and not other.pins:
+            replaces = len(other.tokens) < len(entry.tokens) and other.tokens == entry.tokens[: len(other.tokens)]
+            if replaces and not other.pins and entry.durable >= other.durable:
                 unwritten = self._writer is not None and self._writer.withdraw(other)
                 if unwritten or self._dram.evictable(other):
                     self._dram.drop(other)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from appliance.errors import TierError, frames_of
 from appliance.kv.below import Below
@@ -72,10 +72,22 @@ class WriteBehind:
         return not waiting or waiting + nbytes <= self._bound_bytes
 
     def put(self, entry: Entry) -> None:
-        """A DIRTY block."""
+        """A block that is readable from now on."""
+        self._dram.set_state(entry, SlotState.DIRTY)
         self._queue[entry.block] = entry
         self.dirty_bytes += self._payload_bytes(entry)
         self._work.set()
+
+    def keep(self, blocks: Iterable[BlockId]) -> None:
+        """Write what was to stay in memory only, as far as there is room; the next call goes on."""
+        for block in blocks:
+            entry = self._dram.get(block)
+            if entry is None or entry.durable or entry.state is not SlotState.CLEAN:
+                continue
+            if not self.has_room(self._payload_bytes(entry)):
+                break
+            entry.durable = True
+            self.put(entry)
 
     def withdraw(self, entry: Entry) -> bool:
         """Not worth writing any more; False if its record is being written already."""
@@ -166,7 +178,6 @@ class WriteBehind:
                 break
             del self._unsaved[entry.block]
             if self._is_unsaved(entry):
-                self._dram.set_state(entry, SlotState.DIRTY)
                 self.put(entry)
         if self._unsaved and not self.pending_blocks:  # what is promised takes all the room
             self._retry_in(FIRST_RETRY_S)

@@ -98,11 +98,13 @@ def view(store: KVStore, slot: int) -> memoryview:
     return store._memory.view(slot)
 
 
-async def fill(store: KVStore, tokens: Tokens, ns: Namespace = NS) -> list[NewBlock]:
+async def fill(store: KVStore, tokens: Tokens, ns: Namespace = NS, *, durable: bool = True) -> list[NewBlock]:
     """Compute and commit whatever is missing, as a request does."""
     stored: list[NewBlock] = []
+    if durable:
+        store.keep(ns, tokens)
     while missing := store.missing(ns, tokens):
-        reserved = await store.reserve(ns, missing)
+        reserved = await store.reserve(ns, missing, durable=durable)
         assert reserved, "what is missing can be reserved"
         for reservation in reserved:
             kv = payload(reservation.new.tokens, reservation.new.start)

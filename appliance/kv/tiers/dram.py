@@ -132,6 +132,8 @@ class Entry:
     ready: asyncio.Future[bool]
     """Done when readable (True) or gone before that (False)."""
     used_us: int
+    durable: bool = True
+    """To be written below, or there already; False: it was asked to stay in memory only."""
     pins: int = 0
 
 
