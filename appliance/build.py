@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.admin import ApplianceAdmin, Place, loading_status
+from appliance.admin import ApplianceAdmin
 from appliance.anticipate import Anticipation
 from appliance.api.control import Loading
 from appliance.api.serve import Draining, ServeEvent, StartProgress, StartReady
@@ -26,6 +26,7 @@ from appliance.calibration import calibrate, learned
 from appliance.config import Profile, admin_socket, client_file
 from appliance.engine.base import EngineConfig, EngineInfo, KVMode
 from appliance.engine.proxy import EngineProxy
+from appliance.figures import Place, loading_status
 from appliance.kv.base import KVStore
 from appliance.kv.null import NullStore
 from appliance.kv.opening import open_store, store_folder

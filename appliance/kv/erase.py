@@ -8,8 +8,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from appliance.kv.below import Below
-from appliance.kv.tiers.dram import DramTable
+from appliance.kv.siblings import longest_common
+from appliance.kv.tiers.dram import DramTable, Entry
 from appliance.types import BlockId
+
+
+def free(dram: DramTable, below: Below | None, *, divisible: bool) -> int:
+    """Forget what DRAM holds of durable blocks; returns how many went."""
+    victims = [entry for entry in dram.entries() if dram.evictable(entry) and _is_durable(entry, below, divisible)]
+    for entry in victims:
+        dram.drop(entry)
+    return len(victims)
+
+
+def _is_durable(entry: Entry, below: Below | None, divisible: bool) -> bool:
+    """Whether all of it is below, in its own record or in that of a longer block which took its place."""
+    if below is None or entry.block in below:
+        return below is not None
+    nearest = longest_common(below.children(entry.parent), entry.tokens)
+    return divisible and nearest is not None and nearest[0] == len(entry.tokens)
 
 
 async def erase(dram: DramTable, below: Below | None, blocks: Sequence[BlockId]) -> int:

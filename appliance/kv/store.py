@@ -17,13 +17,12 @@ from appliance.api.control import VerifyProgress
 from appliance.errors import StoreBusy
 from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
-from appliance.kv.erase import erase
+from appliance.kv.erase import erase, free
 from appliance.kv.fair import FairShare
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
-from appliance.kv.siblings import longest_common
 from appliance.kv.stage import Limits, Stage
 from appliance.kv.tiers.dram import DramPool, DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Plain, SealedTier
@@ -34,7 +33,6 @@ from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
 
 ERASE_WAIT_S = 30.0
-
 COUNTED = (
     "quarantined_total",
     'load_bytes_total{tier="dram"}',
@@ -225,22 +223,12 @@ class TieredStore(KVStore):
         return {block for block in blocks if (entry := self._dram.get(block)) is not None and entry.state.readable}
 
     def evict_dram(self) -> int:
-        victims = [entry for entry in self._dram.entries() if self._dram.evictable(entry) and self._is_durable(entry)]
-        for entry in victims:
-            self._dram.drop(entry)
-        return len(victims)
+        return free(self._dram, self._below, divisible=self._layout.divisible)
 
     async def erase(self, ns: Namespace, tokens: Tokens) -> int:
         await self.flush(ERASE_WAIT_S)  # what is being written cannot go
         hits = self.lookup(ns, tokens).hits
         return await erase(self._dram, self._below, [hit.block for hit in hits if hit.use_tokens == hit.n_tokens])
-
-    def _is_durable(self, entry: Entry) -> bool:
-        """Whether it is below, in its own record or in that of a longer block which took its place."""
-        if self._below is None or entry.block in self._below:
-            return self._below is not None
-        nearest = longest_common(self._below.children(entry.parent), entry.tokens)
-        return self._layout.divisible and nearest is not None and nearest[0] == len(entry.tokens)
 
     def usage(self) -> list[TierUsage]:
         dram = self._dram.usage(self._now_us())

@@ -79,15 +79,20 @@ class WriteBehind:
         self._work.set()
 
     def keep(self, blocks: Iterable[BlockId]) -> None:
-        """Write what was to stay in memory only, as far as there is room; the next call goes on."""
+        """Write what was to stay in memory only, now or when there is room; what is not there yet as soon as it is."""
         for block in blocks:
             entry = self._dram.get(block)
-            if entry is None or entry.durable or entry.state is not SlotState.CLEAN:
+            if entry is None or entry.durable:
                 continue
-            if not self.has_room(self._payload_bytes(entry)):
-                break
             entry.durable = True
-            self.put(entry)
+            if entry.state is not SlotState.CLEAN:
+                continue
+            if self.has_room(self._payload_bytes(entry)):
+                self.put(entry)
+            else:
+                self._unsaved[block] = entry
+                if self._retry is None:
+                    self._retry_in(FIRST_RETRY_S)
 
     def withdraw(self, entry: Entry) -> bool:
         """Not worth writing any more; False if its record is being written already."""
@@ -172,6 +177,9 @@ class WriteBehind:
 
     def _requeue(self) -> None:
         """One batch of what could not be written, as far as there is room; the next one follows if that works."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         limit_bytes = self.dirty_bytes + self._batch_bytes
         for entry in list(self._unsaved.values()):
             if self.dirty_bytes >= limit_bytes or not self.has_room(self._payload_bytes(entry)):
