@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -253,7 +253,13 @@ class Runtime:
         return _Outcome.COMPLETE
 
     def _content(self, request: GenerateRequest) -> Content:
-        return lambda: self.store.root(request.ns) + request.prompt.data
+        """The prompt and what is asked of it, a grammar above all. Who asks again with another seed asks for the same."""
+
+        def content() -> bytes:
+            sampling = replace(request.sampling, seed=None)
+            return self.store.root(request.ns) + request.prompt.data + repr(sampling).encode()
+
+        return content
 
     async def _preempt(self, request_id: str) -> None:
         with suppress(EngineError):

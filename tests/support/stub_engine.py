@@ -49,7 +49,7 @@ class StubEngine(EngineClient):
         self.parked = 0
         self.error_after_prefill: BaseException | None = None
         self.poison: set[Tokens | str] = set()
-        """Prompts and texts that end the engine process; another takes its place at once."""
+        """Prompts, grammars and texts that end the engine process; another takes its place at once."""
         self.known: dict[str, Tokens] = {}
         self.alone: list[str] = []
         """Requests that ran while no other was known."""
@@ -115,7 +115,7 @@ class StubEngine(EngineClient):
         prompt = self.known[request]
         if len(self.known) == 1:
             self.alone.append(request)
-        if prompt in self.poison:
+        if prompt in self.poison or sampling.grammar in self.poison:
             await asyncio.sleep(0.01)  # others are at work
             self.die()
             raise EngineDied("the engine process died")

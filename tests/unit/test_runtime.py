@@ -243,6 +243,21 @@ async def test_a_poison_request_is_condemned_and_no_other(tmp_path: Path) -> Non
         assert engine.generation == 3, "the engine does not see it again"
 
 
+async def test_a_poison_grammar_condemns_itself_and_not_its_prompt(tmp_path: Path) -> None:
+    async with running(tmp_path) as runtime:
+        engine = engine_of(runtime)
+        engine.poison.add("root ::= poison")
+        good, bad = (replace(request().sampling, grammar=f"root ::= {word}") for word in ("good", "poison"))
+        with pytest.raises(RequestError) as refused:
+            await answer(runtime, replace(request("bad"), sampling=bad))
+        assert (refused.value.status, engine.generation) == (422, 3)
+        for name, sampling in (("plain", request().sampling), ("good", good)):
+            assert isinstance((await answer(runtime, replace(request(name), sampling=sampling)))[-1], Finished)
+        with pytest.raises(RequestError):
+            await answer(runtime, replace(request("again"), sampling=replace(bad, seed=5)))
+        assert engine.generation == 3, "the engine does not see it again"
+
+
 async def test_a_suspect_that_is_answered_is_none_any_more(tmp_path: Path) -> None:
     async with running(tmp_path) as runtime:
         engine = engine_of(runtime)

@@ -5,10 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from appliance.stop import Signals, Stopped, unless
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Whatever was ignored when the tests began, as SIGINT is in what a shell started with `&`."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
