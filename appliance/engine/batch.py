@@ -52,9 +52,10 @@ class Batches:
         """Steps in a row that computed prompts, but not the oldest."""
 
     def next(self) -> list[Work]:
-        """Every stream that decodes, and of the prompts as much as the pace allows."""
-        decoding = [s for s in list(self._roster.streams) if s.decoding and self._roster.has_cell(s)]
-        decoding = [stream for stream in decoding if stream.running]  # another one's growth may have preempted it
+        """Every stream that decodes and has a cell, and of the prompts as much as the pace allows."""
+        for stream in list(self._roster.streams):
+            stream.stalled = stream.decoding and not self._roster.has_cell(stream)
+        decoding = [stream for stream in self._roster.streams if stream.advancing]  # growth may have preempted some
         return [*(Work(request, _next_row(request)) for request in decoding), *self._prompts(len(decoding))]
 
     def _prompts(self, n_decoding: int) -> list[Work]:

@@ -65,7 +65,7 @@ class Embeddings:
 
     def _step(self, streams: Sequence[Request]) -> None:
         """One chunk of the job that came first, if the pace allows it."""
-        n_decoding = sum(stream.decoding for stream in streams)
+        n_decoding = sum(stream.advancing for stream in streams)
         most_tokens = min(CHUNK_TOKENS, self._pace.prompt_tokens(n_decoding, 1)) if self._jobs else 0
         if not most_tokens:
             return

@@ -56,6 +56,8 @@ class Request:
     """The last of `prompt` that it had generated itself."""
     next_token: int | None = None
     """Sampled, not yet decoded. None while the prompt is being computed."""
+    stalled: bool = False
+    """In the last step there was no cell for it."""
     completion_tokens: int = 0
     resumed_at: int = 0
     """completion_tokens when it was last parked."""
@@ -95,6 +97,11 @@ class Request:
     @property
     def decoding(self) -> bool:
         return self.running and self.next_token is not None
+
+    @property
+    def advancing(self) -> bool:
+        """It has a token in each step: what else a step does, it waits for."""
+        return self.decoding and not self.stalled
 
     @property
     def limit_tokens(self) -> int:

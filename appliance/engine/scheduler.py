@@ -1,8 +1,8 @@
 """Continuous batching: which rows the engine computes next.
 
-A step: take commands; admit waiting requests; move a slice of KV; decode every running stream and prefill with what
-budget is left; sample and tell. Invariant: a stream that decodes takes part in every step, and what a step does
-besides is bounded.
+A step: take commands; admit waiting requests; move a slice of KV; decode every stream and compute of prompts, or of an
+embedding, what the pace allows; sample and tell. Invariant: a stream that decodes takes part in every step, unless there
+is no cell for it, and what a step does besides is bounded; a step that changes nothing is the last until a command comes.
 
 Threading: `step` and `run` belong to the compute thread, the only one that calls the engine's compute side. Every other
 method may be called from any thread and never waits for a decode: it queues a command, answered by a Future.
@@ -176,12 +176,14 @@ class Scheduler:
             return bool(self._commands or batch or self._transfers.pending or self._embeddings.pending)
 
     def _move(self) -> None:
-        """Restores bring a first token nearer, so they go before prefill; exports can wait. Neither stalls a stream."""
-        shared = any(request.decoding for request in self._roster.streams)
+        """Restores bring a first token nearer, so they go before prefill. Exports can wait, unless a stream waits for the
+        cells that they hold. Neither stalls a stream that has a cell."""
+        shared = any(stream.advancing for stream in self._roster.streams)
+        urgent = any(stream.stalled for stream in self._roster.streams)
         blocks = self._transfers.slice_blocks(self._step_s if shared else 0.0)
         while self._transfers.restore_slice(blocks) and not shared:
             pass
-        if not (shared and self._transfers.resting()):
+        if urgent or not (shared and self._transfers.resting()):
             self._transfers.export_slice(blocks)
 
     def _compute(self, batch: Sequence[Work]) -> None:

@@ -129,6 +129,37 @@ def test_a_stream_that_lacks_cells_makes_room_by_eviction_before_anybody_is_pree
     assert bench.roster.stats().preemptions == 0
 
 
+@pytest.mark.parametrize("n_streams", [2, 3])
+def test_exports_that_hold_cells_which_a_stream_waits_for_do_not_rest(n_streams: int) -> None:
+    bench = Bench(context_tokens=32 * n_streams, growth_tokens=4, batch_tokens=16)
+    bench.roster.transfers.resting = lambda: True  # type: ignore[method-assign]
+    for seed in range(n_streams):
+        bench.start(str(seed), prompt(20, seed), 30)
+    young = str(n_streams - 1)
+    while not preemptions(bench, young):
+        bench.step()
+    reply = bench.scheduler.export(young, [(0, BLOCK, 0)])
+    for _ in range(3):
+        bench.step()
+    reply.result(timeout=0)
+
+
+def test_an_embedding_that_holds_cells_which_all_streams_wait_for_is_computed() -> None:
+    bench = Bench(context_tokens=64, growth_tokens=4, batch_tokens=32)
+    bench.pace.prompt_tokens = lambda n_decoding, n_prompts: 0 if n_decoding else 16  # type: ignore[method-assign]
+    bench.start("r", prompt(20), 40)
+    bench.begin("e", prompt(30, 1), 0, ns=b"e")
+    bench.scheduler.restore("e", 0, ())
+    while not bench.tokens("r"):
+        bench.step()
+    reply = bench.scheduler.embed("e")
+    bench.settle()
+    reply.result(timeout=0)
+    bench.release("e")
+    bench.settle()
+    assert bench.tokens("r") == reference(prompt(20), 40)
+
+
 def test_pins_of_those_who_wait_are_in_nobodys_way() -> None:
     bench = Bench(context_tokens=64, growth_tokens=4, batch_tokens=16)
     bench.start("before", prompt(30, 9), 1)
