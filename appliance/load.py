@@ -62,12 +62,13 @@ class Load:
     async def _restore(self, staged: Staged, tiers: Mapping[BlockId, Tier]) -> bool:
         try:
             blocks = [(slot, hit.n_tokens, hit.use_tokens) for slot, hit in zip(staged.slots, staged.hits, strict=True)]
-            self.present = await answered(self._engine.restore(self._request.request_id, staged.hits[0].start, blocks))
+            present = await answered(self._engine.restore(self._request.request_id, staged.hits[0].start, blocks))
         except RestoreError as error:
             log.warning("restore failed, computing instead: %s", error)
             return False
         finally:
             self._store.unpin(staged)
+        self.present = max(self.present, present)  # blocks aside count when the front has reached them
         for hit in staged.hits:
             self._sources.reached(hit.start + hit.use_tokens, tiers.get(hit.block, hit.tier))
             self.by_tier[hit.tier] = self.by_tier.get(hit.tier, 0) + hit.payload_bytes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -116,7 +116,7 @@ class RequestRun:
         self._staged_ahead += staged_ahead
         if to_stage:
             self._going.computes(self._id, decision.front_to - present if decision.front_to else 1)
-            front_s, load_s = await asyncio.gather(
+            front_s, load_s = await _both(
                 self._compute_front(decision.front_to),
                 self._bring(tokens, to_stage, staged_ahead, shared=traffic.shared or bool(decision.front_to)),
             )
@@ -152,7 +152,7 @@ class RequestRun:
         return time.perf_counter() - started_s
 
     async def generate(self, emit: Callable[[Chunk | Finished], None], alone: Callable[[], bool]) -> bool:
-        """Run to the last token. False if it was preempted before. `alone` as for load()."""
+        """Run to the last token. False if it was preempted before. `alone` says whether no other request runs."""
         was_alone = alone()
         preempted: Preempted | None = None
         self._clock.computing()
@@ -243,3 +243,14 @@ class RequestRun:
                 await self._engine.release(self._id)
         finally:
             await self._exporter.close()
+
+
+async def _both(first: Coroutine[None, None, float], second: Coroutine[None, None, float]) -> tuple[float, float]:
+    """What both return. If one fails the other has ended too: nothing of a request outlives the engine it was meant for."""
+    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

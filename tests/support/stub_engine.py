@@ -42,9 +42,9 @@ class StubEngine(EngineClient):
     def __init__(self, write: Callable[[int, int, int], None] = lambda start, n_tokens, slot: None) -> None:
         self.generation, self.pid = 1, 1
         self.admission, self.restoring, self.exporting, self.decoding = Gate(), Gate(), Gate(), Gate()
-        self.computing, self.ending, self.parking = Gate(), Gate(), Gate()
+        self.computing, self.ending, self.parking, self.fronts = Gate(), Gate(), Gate(), Gate()
         self.gates = (
-            self.admission, self.restoring, self.computing, self.decoding, self.ending, self.exporting, self.parking,
+            self.admission, self.fronts, self.restoring, self.computing, self.decoding, self.ending, self.exporting, self.parking,
         )  # fmt: skip
         self.parked = 0
         self.error_after_prefill: BaseException | None = None
@@ -150,6 +150,8 @@ class StubEngine(EngineClient):
         self.parked += 1
 
     async def prefill(self, request: str, stop: int) -> int:
+        await self._answered(request, self.fronts)
+        self._present[request] = max(self._present[request], stop)
         return self._present[request]
 
     async def export(self, request: str, blocks: Sequence[tuple[int, int, int]]) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from appliance.errors import EngineDied, EngineError, Overloaded, RequestError
 from appliance.kv.store import TieredStore
+from appliance.plan.line import Line
 from appliance.prefetch import prefetch
 from appliance.runtime import Chunk, Finished
 from appliance.types import Tier
-from tests.support.kv import LAYOUT, NS, fill, prompt
+from tests.support.kv import LAYOUT, NS, faulty, fill, prompt
 from tests.support.stub_runtime import PROMPT, answer, engine_of, request, running, until
 
 pytestmark = pytest.mark.asyncio
@@ -190,6 +191,29 @@ async def test_a_load_beside_others_teaches_what_loads_beside_others_take(tmp_pa
         for each in asked:
             assert await each
         assert shared[-1]
+
+
+async def test_the_back_on_its_way_to_an_engine_that_died_never_reaches_the_next(tmp_path: Path) -> None:
+    tokens = prompt(1, 16 * 6 + 1)
+    async with running(tmp_path) as runtime:
+        await fill(runtime.store, tokens)
+        await runtime.store.flush(5)
+        runtime.store.evict_dram()
+        runtime.cost.loads[Tier.NVME] = Line(0.01 / 64)  # to load all takes about as long as to compute it
+        assert isinstance(runtime.store, TieredStore)
+        medium, engine = faulty(runtime.store).hold("read"), engine_of(runtime)
+        engine.fronts.shut()
+        asked = asyncio.ensure_future(answer(runtime, request(tokens=tokens)))
+        await until(lambda: engine.fronts.waiting and medium.reached.is_set())
+        engine.die()
+        await until(lambda: engine.fronts.waiting and engine.known)
+        medium.open()
+        await until(lambda: engine.used_slots)
+        engine.fronts.open()
+        end = (await asked)[-1]
+        assert isinstance(end, Finished)
+        assert end.decision.reason == "both"
+        assert len(engine.used_slots) == 7 - end.decision.front_to // 16, "each block was restored once"
 
 
 async def test_who_got_nothing_yet_is_asked_again_after_a_crash(tmp_path: Path) -> None:
