@@ -3,7 +3,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup test demo lint check bench soak clean
+.PHONY: help setup test demo lint check bench bench-sessions soak clean
 
 help:
 	@echo "make setup [GPU=cuda|rocm|vulkan|metal]   .venv with everything in it"
@@ -11,6 +11,7 @@ help:
 	@echo "make test                                 the test suite"
 	@echo "make check                                format, lint, types, import contracts, size, tests"
 	@echo "make bench                                the measurements of docs/BENCHMARKS.md"
+	@echo "make bench-sessions                       many users with and without the tiers: docs/SESSIONS.md"
 	@echo "make soak                                 an hour of mixed load, hang-ups and engine kills; MINUTES=5 for less"
 	@echo "make clean                                remove .venv and every cache"
 
@@ -34,6 +35,9 @@ check: lint test
 
 bench: setup
 	@$(BIN)/python -m tests.bench
+
+bench-sessions: setup
+	@$(BIN)/python -m tests.bench.sessions
 
 soak: setup
 	@$(BIN)/python -m tests.bench.soak --minutes $(or $(MINUTES),60)
