@@ -226,6 +226,7 @@ class Runtime:
 
         def emit(event: Chunk | Finished) -> None:
             if isinstance(event, Chunk):
+                self.turns.has_read(turn)
                 self.turns.charge(turn, GENERATED * len(event.tokens))
             elif request.sampling.max_tokens:
                 self.totals.add(len(request.prompt), event)

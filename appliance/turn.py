@@ -1,16 +1,21 @@
 """One request's place in the queue, and who of a tenant's requests goes next.
 
 Who has least to compute goes first: a question about a context that is known does not wait for the reading of another
-one. Invariant: nobody is overtaken more than OVERTAKEN times by those who came later. Event loop only.
+one. And one long prompt is read at a time, unless the other is much longer: read side by side none is ready sooner, and the
+cells of those that wait inside the engine are missing to everybody else. Invariant: nobody is overtaken more than OVERTAKEN
+times by those who came later. Event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 OVERTAKEN = 4
+LONG_TOKENS = 512
+"""To compute: more than a batch or two."""
+MUCH_SHORTER = 0.5
 
 
 @dataclass(eq=False)
@@ -31,8 +36,20 @@ class Turn:
     cancelled: bool = False
     overtaken: int = 0
     """Times that somebody of its tenant who came later went before it."""
+    reading: int = 0
+    """Of a long prompt whose turn it is: tokens to compute, until its first token."""
     computing: bool = False
     """It can be preempted: the engine is computing it, and was not asked yet."""
+
+    def reads(self, tokens: int) -> None:
+        """Its turn has come, and so many are left to compute."""
+        self.reading = tokens if tokens > LONG_TOKENS else 0
+
+    def waits_for(self, held: Iterable[Turn]) -> bool:
+        """Whether a long prompt is being read that this one should not be read beside."""
+        if self.expected <= LONG_TOKENS:
+            return False
+        return any(other.reading and self.expected > MUCH_SHORTER * other.reading for other in held)
 
 
 def in_order(queue: Sequence[Turn]) -> Iterator[Turn]:

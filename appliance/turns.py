@@ -105,11 +105,19 @@ class Turns:
     def expect(self, turn: Turn, tokens: int) -> None:
         """What is left to compute is known now, and charged."""
         turn.expected = 0
+        turn.reads(tokens)
         self.charge(turn, tokens)
+        self._grant()
 
     def computes(self, turn: Turn) -> None:
         """From now on it may have to make room."""
         turn.computing = True
+
+    def has_read(self, turn: Turn) -> None:
+        """Its first token is there: another long prompt may be read."""
+        if turn.reading:
+            turn.reading = 0
+            self._grant()
 
     def charge(self, turn: Turn, tokens: int) -> None:
         self._levels[turn.tenant] += tokens
@@ -196,16 +204,26 @@ class Turns:
 
     def _grant(self) -> None:
         while self._queues and self._admitting is None and len(self._held) < self._max_running:
-            turn = next(self.line())
-            if self._held and (turn.alone or any(held.alone for held in self._held)):
+            turn = self._next()
+            if turn is None:
                 return
             self._leave_queue(turn)
             for other in self._queues.get(turn.tenant, ()):
                 other.overtaken += other.number < turn.number
             self._held[turn] = None
+            turn.reads(turn.expected)
             self._admitting = turn
             turn.since_s = self._clock()
             turn.granted.set_result(None)
+
+    def _next(self) -> Turn | None:
+        """The first in line that may begin beside those who hold a turn."""
+        for turn in self.line():
+            if self._held and (turn.alone or any(held.alone for held in self._held)):
+                return None
+            if not turn.waits_for(self._held):
+                return turn
+        return None
 
     def _leave_queue(self, turn: Turn) -> None:
         queue = self._queues[turn.tenant]
@@ -215,7 +233,7 @@ class Turns:
 
     def _let_go(self, turn: Turn) -> None:
         self._held.pop(turn, None)
-        turn.computing = False
+        turn.computing, turn.reading = False, 0
         if self._admitting is turn:
             self._admitting = None
 

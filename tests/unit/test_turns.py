@@ -255,3 +255,46 @@ async def test_inside_a_tenant_who_has_least_to_compute_goes_first_and_nobody_wa
         turns.leave(running)
     assert order.index("long") <= 1 + 2 + OVERTAKEN
     assert order.index("longer") <= 1 + 4 + 2 * OVERTAKEN
+
+
+async def test_one_long_prompt_is_read_at_a_time_and_short_ones_are_not_held_up() -> None:
+    turns = Turns(4, 100, Clock())
+    first = turns.enter("first", "a", 4000, alone=False)
+    turns.has_cells(first)
+    turns.expect(first, 4000)
+    second = turns.enter("second", "a", 3000, alone=False)
+    question = turns.enter("question", "a", 60, alone=False)
+    other = turns.enter("other tenant's", "b", 60, alone=False)
+    assert question.granted.done()
+    turns.has_cells(question)
+    assert other.granted.done()
+    turns.has_cells(other)
+    assert not second.granted.done()
+    turns.has_read(first)
+    assert second.granted.done()
+
+
+async def test_a_much_shorter_prompt_is_read_beside_a_giant() -> None:
+    turns = Turns(4, 100, Clock())
+    giant = turns.enter("giant", "a", 100_000, alone=False)
+    turns.has_cells(giant)
+    turns.expect(giant, 100_000)
+    assert turns.enter("long", "a", 5000, alone=False).granted.done()
+
+
+async def test_who_turns_out_to_have_little_to_compute_is_in_nobodys_way() -> None:
+    turns = Turns(4, 100, Clock())
+    cached = turns.enter("cached", "a", 5000, alone=False)
+    turns.has_cells(cached)
+    waits = turns.enter("long", "a", 5000, alone=False)
+    assert not waits.granted.done()
+    turns.expect(cached, 20)
+    assert waits.granted.done()
+
+
+async def test_a_long_prompt_that_gives_up_its_turn_lets_the_next_one_be_read() -> None:
+    turns = Turns(4, 100, Clock())
+    first, second = (turns.enter(name, "a", 5000, alone=False) for name in ("first", "second"))
+    turns.has_cells(first)
+    turns.leave(first)
+    assert second.granted.done()
