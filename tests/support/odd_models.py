@@ -1,4 +1,4 @@
-"""Small random GGUF files of architectures whose state is not plain KV rows of one cache."""
+"""Small random GGUF files: architectures whose state is not plain KV rows of one cache, and one that costs next to nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from appliance.ops.synth import byte_characters
+from appliance.ops.synth import CHAT_TEMPLATE, byte_characters
 
 EMBD, FFN, HEAD, VOCAB, EXPERTS = 64, 64, 32, 257, 4
+
+
+def shallow(path: Path) -> Path:
+    """llama with one layer of two heads, and a chat template: tens of thousands of tokens are read in seconds."""
+    writer = _writer(path, "llama", 1, context_tokens=65_536)
+    _add_attention(writer)
+    writer.add_rope_dimension_count(HEAD)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (EMBD,),
+        **_attention(),
+        "ffn_norm.weight": (EMBD,),
+        "ffn_gate.weight": (FFN, EMBD),
+        "ffn_up.weight": (FFN, EMBD),
+        "ffn_down.weight": (EMBD, FFN),
+    }
+    return _write(writer, path, {f"blk.0.{name}": shape for name, shape in shapes.items()})
 
 
 def sliding(path: Path, window_tokens: int) -> Path:
@@ -196,9 +213,9 @@ def _experts() -> dict[str, tuple[int, ...]]:
     return {f"ffn_{name}_exps.weight": shape for name, shape in shapes.items()}
 
 
-def _writer(path: Path, arch: str, layers: int) -> gguf.GGUFWriter:
+def _writer(path: Path, arch: str, layers: int, context_tokens: int = 4096) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(4096)
+    writer.add_context_length(context_tokens)
     writer.add_embedding_length(EMBD)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(FFN)
