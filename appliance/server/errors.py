@@ -61,7 +61,7 @@ class ApiError:
 
     def response(self, request: Request) -> Response:
         """In the shape that its client knows."""
-        anthropic = request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
+        anthropic = request.scope["path"].startswith("/v1/messages") or "anthropic-version" in request.headers
         body = self.to_anthropic_json(request.state.request_id) if anthropic else self.to_json()
         return Response(body, self.status, headers=dict(self.headers), media_type="application/json")
 

@@ -1,7 +1,7 @@
 """Sockets and web servers: the public app on TCP, the admin app on a unix socket of mode 0600, one event loop.
 
-Invariant: whoever connects to the admin socket is this user or root, or is refused before a request is read. A socket
-file is removed only when nobody answers on it. Event loop only.
+Invariant: a socket file is removed only when nobody answers on it. What a connection may do is `connection.py`'s. Event
+loop only.
 """
 
 from __future__ import annotations
@@ -11,26 +11,20 @@ import errno
 import os
 import socket
 import stat
-import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from appliance.config import local_url
 from appliance.errors import AlreadyRunning, StateError
-from appliance.server.errors import ApiError
+from appliance.server.connection import KEEP_ALIVE_S, AdminProtocol, PublicProtocol, peer
 
 BACKLOG = 512
-KEEP_ALIVE_S = 60
 UNIX_PATH_BYTES = 107
-_PEER = struct.Struct("3i")
-"""struct ucred: pid, uid, gid."""
 
 
 @dataclass(frozen=True)
@@ -116,25 +110,6 @@ def _remove_stale(path: Path) -> None:
     raise AlreadyRunning(f"another appliance (pid {pid}) answers on {path}", pid=pid)
 
 
-def peer(sock: Any) -> tuple[int, int]:
-    """(pid, uid) of the process at the other end of a unix socket."""
-    pid, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return pid, uid
-
-
-class AdminProtocol(H11Protocol):
-    """HTTP for this user and root only."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        _, uid = peer(transport.get_extra_info("socket"))
-        if uid not in (0, os.geteuid()):
-            body = ApiError(403, "the admin socket is for the user that runs the appliance, and root").to_json()
-            head = f"HTTP/1.1 403 Forbidden\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-            transport.close()
-
-
 class _Server(uvicorn.Server):
     """Signals are the appliance's business; `ready` is set once it accepts connections."""
 
@@ -167,7 +142,7 @@ class Listener:
     def __init__(self, bound: Bound, public: ASGIApp, admin: ASGIApp) -> None:
         self._bound = bound
         self._public_door, self._admin_door = _Door(public), _Door(admin)
-        self._public = _server(self._public_door, H11Protocol)
+        self._public = _server(self._public_door, PublicProtocol)
         self._admin = _server(self._admin_door, AdminProtocol)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -190,7 +165,7 @@ class Listener:
         self._bound.close()
 
 
-def _server(app: ASGIApp, protocol: type[H11Protocol]) -> _Server:
+def _server(app: ASGIApp, protocol: type[AdminProtocol | PublicProtocol]) -> _Server:
     return _Server(
         uvicorn.Config(
             app,

@@ -81,12 +81,8 @@ def router(service: Service) -> APIRouter:
         batch = _batch(service, request.state.tenant, call, prompts, shape.id, param, grammar)
         answering = _Answering(service, pieces, call, batch, shape, request.headers.get("x-kvctl-explain") == "1")
         if call.stream:
-            response: Response = event_stream(answering.stream())
-        else:
-            whole = await unless_disconnected(request.receive, answering.whole())
-            response = Response(whole, media_type="application/json")
-        response.headers["x-request-id"] = shape.id  # for `kvctl explain`
-        return response
+            return event_stream(answering.stream())
+        return Response(await unless_disconnected(request.receive, answering.whole()), media_type="application/json")
 
     @routes.get("/models")
     async def models() -> Response:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from appliance.errors import AlreadyRunning, StateError
-from appliance.server import listen, loading
+from appliance.server import connection, listen, loading
 from appliance.server.app import admin_app, public_app
 from tests.support.fake_runtime import LOADING, FakeAdmin, FakeRuntime, service
 
@@ -56,7 +56,7 @@ async def test_another_user_is_refused_at_the_admin_socket(
     tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "kvctl.sock"
-    monkeypatch.setattr(listen, "peer", lambda sock: (1, os.geteuid() + 1))
+    monkeypatch.setattr(connection, "peer", lambda sock: (1, os.geteuid() + 1))
     async with listening(path, runtime), admin_client(path) as client:
         response = await client.get("/v1/admin/status")
         assert response.status_code == 403
@@ -66,7 +66,7 @@ async def test_another_user_is_refused_at_the_admin_socket(
 def test_peer_credentials_are_those_of_the_other_end() -> None:
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
-        assert listen.peer(here) == (os.getpid(), os.geteuid())
+        assert connection.peer(here) == (os.getpid(), os.geteuid())
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
