@@ -19,8 +19,12 @@ from appliance.server.generate import Tally
 from appliance.server.stream import named_event
 from appliance.types import FinishReason
 
+PING = named_event("ping", b'{"type": "ping"}')
+
 
 class MessageWriter(Writer):
+    ping = PING
+
     def __init__(
         self, model: ServedModel, call_id: str, request_id: str, prompt_tokens: int, *, marked: bool, cut: bool
     ) -> None:
@@ -41,7 +45,7 @@ class MessageWriter(Writer):
             input_tokens=self._prompt_tokens, cache_creation_input_tokens=0, cache_read_input_tokens=0, output_tokens=0
         )
         message = json.loads(self._message([], None, None, usage, {}))
-        return [_event("message_start", message=message), _event("ping")]
+        return [_event("message_start", message=message), PING]
 
     def found(self, event: CallEvent) -> list[bytes]:
         if isinstance(event, Said):

@@ -28,13 +28,16 @@ from appliance.server.body import validate
 from appliance.server.constrain import grammar_of
 from appliance.server.errors import ApiError
 from appliance.server.generate import Batch, Tally, generate
-from appliance.server.stream import Streamed, unless_disconnected
+from appliance.server.stream import COMMENT, Streamed, unless_disconnected
 from appliance.server.tool_use import tool_use
 from appliance.types import Tokens
 
 
 class Writer(ABC):
     """The shape of one answer."""
+
+    ping = COMMENT
+    """What is sent while there is nothing to say."""
 
     @abstractmethod
     def opening(self) -> list[bytes]:
@@ -107,7 +110,7 @@ async def answer(
     explain = request.headers.get("x-kvctl-explain") == "1"
     answering = _Answering(service, asked.tools, generation, make(generation), explain)
     if call.stream:
-        return Streamed(answering.stream(), "text/event-stream", answering.writer.failed)
+        return Streamed(answering.stream(), "text/event-stream", answering.writer.failed, answering.writer.ping)
     return Response(await unless_disconnected(request.receive, answering.whole()), media_type="application/json")
 
 

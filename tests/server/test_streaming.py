@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 
 from appliance.errors import EngineDied, EngineError, Overloaded, RequestError
+from appliance.server import stream as streaming_module
 from tests.support.fake_runtime import COMPLETION, FakeRuntime
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -129,3 +131,67 @@ async def test_a_later_error_is_the_last_event(
     assert last[0] == "error"
     assert said in last[1]["error"]["message"]
     assert "canary" not in str(last)
+
+
+@pytest.fixture
+def slow_prompt(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token takes long, the others do not."""
+    monkeypatch.setattr(streaming_module, "PING_S", 0.02)
+    waits = iter([0.1])
+    runtime.interfere = lambda: asyncio.sleep(next(waits, 0))
+
+
+SIDES: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/chat/completions", {"messages": HELLO}, ":"),
+    ("/v1/completions", {"prompt": "hi"}, ":"),
+    ("/v1/responses", {"input": "hi"}, ":"),
+    ("/v1/messages", {"messages": HELLO, "max_tokens": 50}, 'event: ping\ndata: {"type": "ping"}'),
+]
+
+
+@pytest.mark.usefixtures("slow_prompt")
+@pytest.mark.parametrize(("path", "body", "ping"), SIDES, ids=[path for path, *_ in SIDES])
+async def test_while_a_prompt_is_read_the_client_hears_that_it_is(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], ping: str
+) -> None:
+    response = await client.post(path, json={**body, "stream": True})
+    blocks = response.text.removesuffix("\n\n").split("\n\n")
+    first = next(n for n, block in enumerate(blocks) if block != ping)
+    assert first >= 2
+    rest = [block for block in blocks[first:] if block != ping]
+    assert "".join(character for block in rest for character in _texts(block)) == COMPLETION
+
+
+def _texts(block: str) -> list[str]:
+    data = block.split("\n")[-1].removeprefix("data: ")
+    tree = {} if data == "[DONE]" else json.loads(data)
+    deltas = [choice.get("text") or choice.get("delta", {}).get("content") for choice in tree.get("choices", ())]
+    if tree.get("type") == "content_block_delta":
+        deltas.append(tree["delta"]["text"])
+    if tree.get("type") == "response.output_text.delta":
+        deltas.append(tree["delta"])
+    return [text for text in deltas if text]
+
+
+@pytest.mark.usefixtures("slow_prompt")
+@pytest.mark.parametrize(("path", "body", "ping"), SIDES, ids=[path for path, *_ in SIDES])
+async def test_an_error_after_a_ping_is_the_last_event(
+    client: httpx.AsyncClient, runtime: FakeRuntime, path: str, body: dict[str, Any], ping: str
+) -> None:
+    slow = runtime.interfere
+
+    async def dies() -> None:
+        await slow()
+        raise EngineDied("gone")
+
+    runtime.interfere = dies
+    response = await client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200
+    *pings, last = response.text.removesuffix("\n\n").split("\n\n")
+    assert set(pings) == {ping}
+    assert last.startswith("event: error\n")
+    assert "restarted" in last
+
+
+async def test_who_does_not_stream_gets_no_pings(client: httpx.AsyncClient, slow_prompt: None) -> None:
+    assert (await client.post("/v1/messages", json=SIDES[3][1])).json()["content"][0]["text"] == COMPLETION
