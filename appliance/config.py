@@ -74,9 +74,15 @@ def parse_share(value: object) -> Share:
         raise ValueError(f'"{value}" is no share; write it like "25%" or "4GiB"') from None
 
 
+def parse_retention(value: object) -> float | None:
+    """Seconds of "24h"; None of "forever"."""
+    return None if value is None or value == "forever" else parse_time(value)
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 PartOf = Annotated[Share, BeforeValidator(parse_share)]
 Seconds = Annotated[float, BeforeValidator(parse_time), Field(ge=0)]
+Kept = Annotated[float | None, BeforeValidator(parse_retention)]
 KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
 
 
@@ -119,6 +125,8 @@ class KVSection(Section):
     block_tokens: int = Field(256, ge=16, le=4096)
     eviction: Literal["cost", "lru"] = "cost"
     """What goes first below hbm: what costs least to compute again, or what was not used for longest."""
+    retention: Kept = None
+    """After the last use, for requests that do not say; 0: in memory only; None: until room is needed."""
     store_completions: bool = True
     """Also store what was generated, not only prompts."""
     write_behind: Size = 256 * 2**20

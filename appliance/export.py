@@ -55,13 +55,12 @@ class Exporter:
             await self._export(tokens)
 
     async def _export(self, tokens: Tokens) -> None:
-        durable = self._request.retention_s != 0
-        if durable:
-            self._store.keep(self._request.ns, tokens)
+        wish_s = self._request.retention_s
+        self._store.keep(self._request.ns, tokens, retention_s=wish_s)
         missing = self._store.missing(self._request.ns, tokens)
         while missing:
             try:
-                reserved = await self._store.reserve(self._request.ns, missing[:EXPORT_RUN], durable=durable)
+                reserved = await self._store.reserve(self._request.ns, missing[:EXPORT_RUN], retention_s=wish_s)
             except StoreBusy as error:
                 log.warning("%d blocks are not stored: %s", len(missing), error)
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -228,8 +229,12 @@ def _tier_status(usage: TierUsage) -> TierStatus:
 
 
 def _by_tier(counters: Mapping[str, float], name: str) -> dict[str, float]:
-    prefix = f'{name}{{tier="'
-    return {key[len(prefix) : -2]: value for key, value in counters.items() if key.startswith(prefix)}
+    """Sums over other labels: the tier is the first."""
+    prefix, sums = f'{name}{{tier="', Counter[str]()
+    for key, value in counters.items():
+        if key.startswith(prefix):
+            sums[key[len(prefix) :].partition('"')[0]] += value  # type: ignore[assignment]
+    return dict(sums)
 
 
 def _sum(counters: Mapping[str, float], name: str) -> int:

@@ -1,14 +1,15 @@
-"""Fields that several requests share: token ids, prompts, stop strings, biases, content parts, depth.
+"""Fields that several requests share: token ids, times, prompts, stop strings, biases, content parts, depth.
 
 Validators never put a value into a message: prompts are content. Pure functions.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainValidator
 
+from appliance.config import parse_time
 from appliance.types import Tokens
 
 MAX_STOPS = 16
@@ -112,3 +113,18 @@ def only(*allowed: object, hint: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _retention(value: object) -> float | None:
+    if value is None:
+        return None
+    if value in ("in_memory", "in-memory"):
+        return 0.0
+    try:
+        return parse_time(value)
+    except ValueError:
+        raise ValueError('write a time like "24h" or "30m", or "in_memory"') from None
+
+
+Retention = Annotated[float | None, PlainValidator(_retention)]
+"""Seconds after the last use; 0: in memory only; None: as the profile says."""

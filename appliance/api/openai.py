@@ -14,16 +14,13 @@ from pydantic import Field, PlainValidator
 
 from appliance.api.chat_fields import Message, TemplateOptions, ToolChoice, Tools
 from appliance.api.constraints import Constrained
-from appliance.api.fields import Request, biases, only, prompts, stops, token_ids
+from appliance.api.fields import Request, Retention, biases, only, prompts, stops, token_ids
 from appliance.types import Tokens
 
 MAX_CHOICES = 64
 MAX_MESSAGES = 10_000
 MAX_INPUTS = 2_048
 """Texts of one request for embeddings."""
-
-RETENTION_S = {"in_memory": 0.0, "in-memory": 0.0, "24h": 86_400.0}
-"""What `prompt_cache_retention` can ask for, in seconds."""
 
 NoFunctions = Annotated[Any, only([], hint="use tools and tool_choice")]
 
@@ -57,7 +54,7 @@ class GenerationRequest(Constrained, ABC):
     cache_salt: str | None = Field(None, min_length=32, max_length=128)
     """Splits the cache inside a tenant: only requests with the same salt share KV."""
     prompt_cache_key: str | None = Field(None, max_length=1024)
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_retention: Retention = None
     user: str | None = None
     cache_prompt: bool | None = None
 
@@ -68,7 +65,7 @@ class GenerationRequest(Constrained, ABC):
 
     @property
     def retention_s(self) -> float | None:
-        return None if self.prompt_cache_retention is None else RETENTION_S[self.prompt_cache_retention]
+        return self.prompt_cache_retention
 
     @property
     @abstractmethod

@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, Field
 from appliance.api.answers import Body, Explanation, LlamaTimings
 from appliance.api.chat_fields import MAX_TOOLS, CallId, ShallowObject, ToolName
 from appliance.api.constraints import Schema
-from appliance.api.fields import Request, only
-from appliance.api.openai import MAX_MESSAGES, RETENTION_S
+from appliance.api.fields import Request, Retention, only
+from appliance.api.openai import MAX_MESSAGES
 
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
@@ -122,7 +122,7 @@ class ResponsesRequest(Request):
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     prompt_cache_key: str | None = Field(None, max_length=1024)
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_retention: Retention = None
     cache_salt: str | None = Field(None, min_length=32, max_length=128)
     store: bool | None = None
     """Accepted, as clients send it unasked; the answer says false."""
@@ -134,7 +134,7 @@ class ResponsesRequest(Request):
 
     @property
     def retention_s(self) -> float | None:
-        return None if self.prompt_cache_retention is None else RETENTION_S[self.prompt_cache_retention]
+        return self.prompt_cache_retention
 
     def for_chat(self) -> dict[str, Any]:
         """The same as a request of the chat API, before it is checked."""

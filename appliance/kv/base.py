@@ -140,17 +140,23 @@ class KVStore(ABC):
     def unpin(self, staged: Staged) -> None: ...
 
     @abstractmethod
-    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock], *, durable: bool = True) -> list[Reservation]:
+    async def reserve(
+        self, ns: Namespace, blocks: Sequence[NewBlock], *, retention_s: float | None = None
+    ) -> list[Reservation]:
         """Slots for new blocks, waiting while write-behind is at its bound or no slot can be had.
 
         Keeps the order, and may give fewer: a block that another request stored or is storing meanwhile is left out, and
         a pool too small for all of them gives the first ones. Commit those, then ask missing() again. Empty only if
-        nothing is left to store. Not `durable`: they stay in memory only, until somebody keeps them. StoreBusy if nothing moves for a while: the caller holds cells that others may wait for.
+        nothing is left to store. `retention_s` as in keep(). StoreBusy if nothing moves for a while: the caller holds cells
+        that others may wait for.
         """
 
     @abstractmethod
-    def keep(self, ns: Namespace, tokens: Tokens) -> None:
-        """The stored prefix of these is worth more than memory: what of it is in memory only is written below, too."""
+    def keep(self, ns: Namespace, tokens: Tokens, *, retention_s: float | None = None) -> None:
+        """The stored prefix of these is used, and to be kept for so long from now on; of several wishes the longest counts.
+
+        None: as the profile says. 0: in memory only, until room is needed; anything else is written below, too.
+        """
 
     @abstractmethod
     def commit(self, reservations: Sequence[Reservation]) -> None:

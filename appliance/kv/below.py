@@ -20,7 +20,10 @@ from appliance.kv.index import Changes, IndexEntry, LastUse
 from appliance.kv.loads import Loads
 from appliance.kv.record import record_bytes
 from appliance.kv.recovery import Recovered
+from appliance.kv.retention import Retention
+from appliance.kv.room import Room
 from appliance.kv.siblings import strict_prefixes
+from appliance.kv.stamps import Stamps
 from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.kv.transfer import Priority, TransferPool
 from appliance.types import BlockId, BlockLayout, TierUsage, Tokens
@@ -39,6 +42,7 @@ class Below:
         transfers: TransferPool,
         layout: BlockLayout,
         counts: Counter[str],
+        retention: Retention,
         clock: Callable[[], float],
     ) -> None:
         self.sealed = sealed
@@ -48,19 +52,21 @@ class Below:
         self.policy = recovered.policy
         self._transfers = transfers
         self._layout = layout
+        self._retention = retention
         self._clock = clock
         self._tier = sealed.tier.properties.tier
         self._count = TierCounts(counts, self._tier)
         self._notes = recovered.mended.notes
         counts["index_rebuilds_total"] += recovered.mended.found > 0
         counts["quarantined_segments_total"] += recovered.mended.quarantined
-        self._count.add("evicted_blocks_total", recovered.mended.evicted)
+        self._count.evicted("capacity", recovered.mended.evicted)
+        self._count.evicted("expired", recovered.mended.expired)
         self._tokens = recovered.tokens
-        self._newest_us = recovered.newest_us
-        self._used: dict[BlockId, int] = {}
+        self._stamps = Stamps(recovered.policy, retention, recovered.newest_us)
         self._leaving: dict[BlockId, str | None] = {}
         """Whose they are."""
         self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
+        self._room = Room(sealed, recovered.policy, self.loads.reading, layout)
         self._crowded = False
         """Somebody else fills the medium, and what was evicted last did not help: no more goes for them."""
         self._turn = asyncio.Lock()
@@ -73,32 +79,31 @@ class Below:
         return block in self.policy
 
     def entries(self, blocks: Iterable[BlockId]) -> dict[BlockId, IndexEntry]:
-        try:
-            return self.index.get_many(b for b in blocks if b not in self._leaving)
-        except TierError as error:
-            self._count.failed(error)
-            return {}
+        return self._read(lambda: self.index.get_many(b for b in blocks if b not in self._leaving), {})
 
     def children(self, parent: BlockId) -> list[tuple[bytes, BlockId]]:
-        try:
-            found = self.index.children(parent)
-        except TierError as error:
-            self._count.failed(error)
-            return []
+        nothing: list[tuple[bytes, BlockId]] = []
+        found = self._read(lambda: self.index.children(parent), nothing)
         return [child for child in found if child[1] not in self._leaving] if self._leaving else found
 
     def child_tokens(self, parent: BlockId, block: BlockId) -> Tokens | None:
+        return self._read(lambda: self.index.child_tokens(parent, block), None)
+
+    def _read(self, read: Callable[[], T], nothing: T) -> T:
+        """An index that cannot be read holds nothing, for now."""
         try:
-            return self.index.child_tokens(parent, block)
+            return read()
         except TierError as error:
             self._count.failed(error)
-            return None
+            return nothing
 
     def touch(self, blocks: Sequence[BlockId], used_us: int, *, counts: bool) -> None:
         """A prefix that ends with the last of these blocks is used now; `counts`: by one more request."""
-        touched = self.policy.touch(blocks, counts=counts)
-        self._used.update(dict.fromkeys(touched, used_us))
-        self._newest_us = max(self._newest_us, used_us if touched else 0)
+        self._stamps.used(self.policy.touch(blocks, counts=counts), used_us)
+
+    def stamp(self, blocks: Iterable[BlockId]) -> None:
+        """How long these are kept has changed: it is written down with the next records."""
+        self._stamps.changed((block for block in blocks if block in self.policy), self._now_us())
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
@@ -106,12 +111,20 @@ class Below:
         """Offer it no more until it was computed and stored anew, which also makes its children found again."""
         self._counts["quarantined_total"] += 1
         self._leave([block])
-        self.spawn(self._drop_quarantined(block))
+        self.spawn(self._drop_left([block]))
 
-    async def _drop_quarantined(self, block: BlockId) -> None:
+    def expire(self, blocks: Sequence[BlockId]) -> None:
+        """Their time is over: they are not found any more, and their bytes go in the background. What is being read stays."""
+        going = [block for block in blocks if block in self.policy and not self.loads.reading[block]]
+        if going:
+            self._count.evicted("expired", len(going))
+            self._leave(going)
+            self.spawn(self._drop_left(going))
+
+    async def _drop_left(self, blocks: Sequence[BlockId]) -> None:
         async with self._turn:
             try:
-                await self._erase([block])
+                await self._erase(blocks)
             except TierError as error:  # on its way out until it is stored anew, or the next start
                 self._count.failed(error)
 
@@ -134,59 +147,54 @@ class Below:
                     if self._crowded:
                         raise
                     self._crowded = True
-                    await self._evict(sum(lengths) + INDEX_ROOM_BYTES, blocks[0].identity.tenant)
+                    await self._evict(self._room.worth(sum(lengths) + INDEX_ROOM_BYTES, blocks[0].identity.tenant))
                     await self._append(blocks, superseded)
                 self._crowded = False
             except BaseException:
                 self._return(superseded)
                 raise
 
-    async def drop(self, blocks: Sequence[BlockId]) -> None:
-        """Forget blocks, now. TierError if the index refuses."""
+    async def drop(self, blocks: Sequence[BlockId], why: str | None = None) -> None:
+        """Forget blocks, now; counted as evicted if `why` says for what. TierError if the index refuses."""
         async with self._turn:
             known = [block for block in blocks if block in self.policy and not self.loads.reading[block]]
             await self._forget(known)
+            if why is not None:
+                self._count.evicted(why, len(known))
 
     async def _make_room(self, tenant: str, lengths: Sequence[int]) -> None:
-        lane = self.sealed.lane(tenant)
-        short = self.sealed.tier.shortfall(lane, lengths)
-        if short > self.sealed.tier.usage().used_bytes:
-            raise TierFull(f"the {self._tier} tier is smaller than {len(lengths)} blocks")
-        while short:
-            await self._evict(short, tenant)
-            short = self.sealed.tier.shortfall(lane, lengths)
+        while victims := self._room.victims(tenant, lengths):
+            await self._evict(victims)
 
-    async def _evict(self, nbytes: int, tenant: str) -> None:
-        """Forget blocks worth `nbytes` for new ones of `tenant`, or what there is of them; TierFull if there is none."""
-        n = -(-nbytes // record_bytes(self._layout, self._layout.block_tokens))
-        n = min(n, max(1, len(self.policy) - len(self.loads.reading)))
-        victims = self.policy.evict(n, self.loads.reading, tenant) or self.policy.evict(1, self.loads.reading, tenant)
-        if not victims:
-            raise TierFull(f"the {self._tier} tier is full and nothing in it can go")
+    async def _evict(self, victims: Sequence[BlockId]) -> None:
         await self._forget(victims)
-        self._count.add("evicted_blocks_total", len(victims))
+        self._count.evicted("capacity", len(victims))
 
     def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
-        """Tails whose tokens a new sibling begins with. Indivisible ones stay: each is another place to go on."""
+        """Tails whose tokens a new sibling begins with, and which are not to be kept for longer. Indivisible ones stay: each
+        is another place to go on."""
         found: set[BlockId] = set()
-        for plain in blocks if self._layout.divisible else ():
-            found.update(strict_prefixes(self.children(plain.identity.parent), plain.identity.tokens))
+        outlasts = self._retention.outlasts
+        for identity in (plain.identity for plain in blocks) if self._layout.divisible else ():
+            tails = strict_prefixes(self.children(identity.parent), identity.tokens)
+            found.update(tail for tail in tails if outlasts(identity.block, tail))
         return [block for block in found if block in self.policy and not self.loads.reading[block]]
 
     async def _append(self, blocks: Sequence[Plain], superseded: Sequence[BlockId]) -> None:
-        now = LastUse(self._now_us(), clock=self.policy.clock(blocks[0].identity.tenant))
-        used, self._used = self._used, {}
-        stamps = self._stamps(used)
+        now_us, clock = self._now_us(), self.policy.clock(blocks[0].identity.tenant)
+        names = [plain.identity.block for plain in blocks]
+        uses = [LastUse(now_us, clock=clock, until_us=self._retention.until(block)) for block in names]
+        used = self._stamps.take()
+        stamps = self._stamps.last_uses(used)
 
         def job(buffer: memoryview) -> int:
-            return self._durable.append(blocks, self._layout, now, buffer, superseded=superseded, used=stamps)
+            return self._durable.append(blocks, self._layout, uses, buffer, superseded=superseded, used=stamps)
 
         try:
             gone_tokens = await asyncio.wrap_future(self._transfers.submit(Priority.STORE, job))
         except BaseException:
-            self._used = {**used, **self._used}
+            self._stamps.give_back(used)
             raise
-        names = [plain.identity.block for plain in blocks]
         for block in (*superseded, *names):
             self._leaving.pop(block, None)
         parents = {plain.identity.parent for plain in blocks}
@@ -194,9 +202,9 @@ class Below:
             self.policy.add(identity.tenant, identity.block, identity.parent, identity.start)
         for block in names:
             if block not in parents:
-                self.touch([block], now.us, counts=False)
+                self.touch([block], now_us, counts=False)
         self._tokens += sum(len(plain.identity.tokens) for plain in blocks) - gone_tokens
-        self._newest_us = max(self._newest_us, now.us)
+        self._stamps.newest_us = max(self._stamps.newest_us, now_us)
         nbytes = sum(self._layout.payload_bytes(len(plain.identity.tokens)) for plain in blocks)
         self._count.add("store_bytes_total", nbytes)
 
@@ -253,18 +261,13 @@ class Below:
             state="degraded" if self.loads.breaker.failing or self.stores.failing else "ok",
             notes=(*medium.notes, *self._notes),
             oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
-            newest_s=None if oldest_us is None else max(0, now_us - self._newest_us) / 1e6,
+            newest_s=None if oldest_us is None else max(0, now_us - self._stamps.newest_us) / 1e6,
         )
 
-    def _stamps(self, used: dict[BlockId, int]) -> dict[BlockId, LastUse]:
-        policy = self.policy
-        return {block: LastUse(us, *policy.standing(block)[:2]) for block, us in used.items() if block in policy}
-
     def _last_use_us(self, block: BlockId) -> int | None:
-        if block in self._used:
-            return self._used[block]
-        entry = self.entries([block]).get(block)
-        return None if entry is None else entry.used.us
+        stamped = self._stamps.get(block)
+        entry = self.entries([block]).get(block) if stamped is None else None
+        return stamped if entry is None else entry.used.us
 
     async def settle(self) -> None:
         """Until nothing that was spawned runs any more."""
@@ -274,7 +277,7 @@ class Below:
     async def close(self) -> None:
         """Write down when blocks were last used, and let go of index and medium. Nothing may be using them."""
         try:
-            await asyncio.to_thread(self.index.apply, Changes(used=self._stamps(self._used)))
+            await asyncio.to_thread(self.index.apply, Changes(used=self._stamps.last_uses(self._stamps.take())))
         except TierError as error:  # stamps only: the next start evicts in a poorer order
             self._count.failed(error)
         await asyncio.to_thread(self._durable.close)

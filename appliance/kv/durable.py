@@ -22,7 +22,7 @@ class Durable:
         self,
         blocks: Sequence[Plain],
         layout: BlockLayout,
-        now: LastUse,
+        uses: Sequence[LastUse],
         buffer: memoryview,
         *,
         superseded: Sequence[BlockId],
@@ -31,12 +31,12 @@ class Durable:
         """Store blocks of one tenant, forget what they supersede or replace, and stamp what was used. Returns the tokens
         that went.
 
-        `buffer` is scratch for the sealed bytes. TierError: nothing changed.
+        `uses`: the first of each block. `buffer` is scratch for the sealed bytes. TierError: nothing changed.
         """
         extents = self.sealed.store(blocks, layout, buffer)
         added: dict[BlockId, tuple[IndexEntry, Tokens]] = {}
         ends: dict[int, int] = {}
-        for plain, extent in zip(blocks, extents, strict=True):
+        for plain, extent, now in zip(blocks, extents, uses, strict=True):
             identity = plain.identity
             n_tokens = len(identity.tokens)
             entry = IndexEntry(extent, layout.payload_bytes(n_tokens), n_tokens, identity.start, identity.parent, now)

@@ -17,7 +17,7 @@ def free(dram: DramTable, below: Below | None, *, divisible: bool) -> int:
     """Forget what DRAM holds of durable blocks; returns how many went."""
     victims = [entry for entry in dram.entries() if dram.evictable(entry) and _is_durable(entry, below, divisible)]
     for entry in victims:
-        dram.drop(entry)
+        dram.evict(entry, "asked")
     return len(victims)
 
 
@@ -36,7 +36,7 @@ async def erase(dram: DramTable, below: Below | None, blocks: Sequence[BlockId])
     for block in going:
         entry = dram.get(block)
         if entry is not None:
-            dram.drop(entry)
+            dram.evict(entry, "asked")
     if below is not None:
-        await below.drop(going)
+        await below.drop(going, "asked")
     return sum(below is None or block not in below for block in going)

@@ -6,25 +6,45 @@ Invariant: nothing here changes anything, not even recency. Threading: event loo
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import dataclass
 
 from appliance.kv.base import Hit, Lookup, NewBlock
 from appliance.kv.below import Below
 from appliance.kv.keys import block_id, chain, chain_root
+from appliance.kv.retention import Retention
 from appliance.kv.siblings import longest_common, strict_prefixes
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, Tokens
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Blocks of a tier whose time is not over."""
+
+    blocks: Container[BlockId]
+    retention: Retention
+
+    def __contains__(self, block: object) -> bool:
+        return block in self.blocks and not self.retention.is_over(block)  # type: ignore[arg-type]
+
+
 class Finder:
     def __init__(
-        self, keyring: Keyring, fingerprint: Fingerprint, layout: BlockLayout, dram: DramTable, below: Below | None
+        self,
+        keyring: Keyring,
+        fingerprint: Fingerprint,
+        layout: BlockLayout,
+        dram: DramTable,
+        below: Below | None,
+        retention: Retention,
     ) -> None:
         self._keyring = keyring
         self._fingerprint = fingerprint
         self._layout = layout
         self._dram = dram
         self._below = below
+        self._retention = retention
 
     def hash_key(self, ns: Namespace) -> bytes:
         return self._keyring.tenant(ns.tenant).hash_key
@@ -57,7 +77,7 @@ class Finder:
         found = [
             NewBlock(block, names[n], n * size, tokens[n * size : (n + 1) * size])
             for n, block in enumerate(names[1:])
-            if block not in below and self._dram.get(block) is None
+            if block not in below and not self._present(block)
         ]
         start = (len(names) - 1) * size
         tail = tokens[start:]
@@ -74,10 +94,14 @@ class Finder:
 
     def _usable_below(self) -> Container[BlockId]:
         """What can be loaded. Nothing while the medium fails: its blocks are worth computing and keeping in DRAM again."""
-        return self._below.policy if self._below is not None and self._below.loads.breaker.allows else ()
+        if self._below is None or not self._below.loads.breaker.allows:
+            return ()
+        return _Kept(self._below.policy, self._retention)
 
     def _comes(self, entry: Entry) -> bool:
-        """Whether it is readable or soon will be: not if a failing medium has yet to give it."""
+        """Whether it is readable or soon will be: not if its time is over, or a failing medium has yet to give it."""
+        if self._retention.is_over(entry.block):
+            return False
         return entry.state is not SlotState.LOADING or self._below is None or self._below.loads.breaker.allows
 
     def _partial(self, parent: BlockId, tokens: Tokens, start: int) -> Hit | None:
@@ -94,7 +118,7 @@ class Finder:
             nearest = longest_common(self._below.children(parent), rest)
             if nearest is not None and (best is None or nearest[0] > best[0]):
                 indexed = self._below.entries([nearest[1]]).get(nearest[1])
-                if indexed is not None:
+                if indexed is not None and not self._retention.is_over(nearest[1]):
                     best = (nearest[0], nearest[1], indexed.n_tokens)
         if best is None:
             return None
@@ -107,7 +131,8 @@ class Finder:
         found: dict[BlockId, int] = {}
         if self._below is not None and self._below.loads.breaker.allows:
             stored = strict_prefixes(self._below.children(parent), rest)
-            found |= {block: entry.n_tokens for block, entry in self._below.entries(stored).items()}
+            entries = self._below.entries(block for block in stored if not self._retention.is_over(block))
+            found |= {block: entry.n_tokens for block, entry in entries.items()}
         for entry in filter(self._comes, self._dram.children(parent)):
             n = len(entry.tokens)
             if n < len(rest) and entry.tokens == rest[:n]:
@@ -122,9 +147,14 @@ class Finder:
         hit = self._partial(parent, tokens, 0)
         return hit is not None and hit.use_tokens == len(tokens)
 
+    def _present(self, block: BlockId) -> bool:
+        """Whether it has a slot that it will not lose to its like."""
+        entry = self._dram.get(block)
+        return entry is not None and not (self._retention.is_over(block) and self._dram.evictable(entry))
+
     def holds(self, new: NewBlock) -> bool:
         """Whether some tier holds the block or will, or holds all of it in a longer one that may be used in part."""
-        if self._dram.get(new.block) is not None:
+        if self._present(new.block):
             return True
         if new.block in self._usable_below():
             return True

@@ -22,16 +22,17 @@ import lmdb
 
 from appliance.errors import IntegrityError, TierError, TierFull, TierIO
 from appliance.kv.keys import length_prefixed
+from appliance.kv.retention import FOR_EVER
 from appliance.kv.siblings import Child, SiblingCache
 from appliance.kv.tiers.base import Extent
 from appliance.security.seal import NONCE_BYTES, Xaes
 from appliance.types import BlockId, Tokens
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "index.lmdb"
 
-_BLOCK = Struct("<QQQQII32sQId")
-_LAST_USE = Struct("<QId")
+_BLOCK = Struct("<QQQQII32sQIdQ")
+_LAST_USE = Struct("<QIdQ")
 _SEGMENT = Struct("<Q")
 _U64 = Struct(">Q")  # big-endian keys: LMDB's order is the order of segments
 _META = Struct("<I16s")
@@ -42,12 +43,14 @@ _ID_BYTES = 32
 
 
 class LastUse(NamedTuple):
-    """When it was, and what the eviction policy knew (policy.Standing)."""
+    """When it was, what the eviction policy knew (policy.Standing), and how long the block is kept since."""
 
     us: int
     """Microseconds since 1970."""
     uses: int = 0
     clock: float = 0.0
+    until_us: int = FOR_EVER
+    """As retention.py counts."""
 
 
 @dataclass(frozen=True, slots=True)

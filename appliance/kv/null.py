@@ -50,10 +50,12 @@ class NullStore(KVStore):
     def unpin(self, staged: Staged) -> None:
         raise AssertionError("nothing is ever staged here")
 
-    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock], *, durable: bool = True) -> list[Reservation]:
+    async def reserve(
+        self, ns: Namespace, blocks: Sequence[NewBlock], *, retention_s: float | None = None
+    ) -> list[Reservation]:
         return []
 
-    def keep(self, ns: Namespace, tokens: Tokens) -> None:
+    def keep(self, ns: Namespace, tokens: Tokens, *, retention_s: float | None = None) -> None:
         pass
 
     def commit(self, reservations: Sequence[Reservation]) -> None:

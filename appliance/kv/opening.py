@@ -19,6 +19,7 @@ from appliance.kv.fair import FairShare
 from appliance.kv.policy import LeafFirstLru
 from appliance.kv.record import MAX_FRAMES, MAX_RECORD_BYTES, record_bytes
 from appliance.kv.recovery import Recovered, recover
+from appliance.kv.retention import Retention
 from appliance.kv.store import TieredStore
 from appliance.kv.tiers.dram import DramPool
 from appliance.kv.tiers.nvme import NvmeTier
@@ -47,20 +48,23 @@ def open_below(
     nvme: NvmeSection,
     clock: Callable[[], float] = time.time,
     policy: FairShare[BlockId] | None = None,
+    retention_s: float | None = None,
 ) -> tuple[SealedTier, Recovered]:
     """The medium below DRAM and its index, made to agree. TierError if it cannot be used at all. Blocking.
 
-    `policy`: an empty one, least recently used if there is none.
+    `policy`: an empty one, least recently used if there is none. `retention_s` as in recover().
     """
     sealed = SealedTier(_medium(NvmeTier, home, keyring, nvme), keyring, clock)
     index = store_folder(home, nvme) / _INDEX_FOLDER
-    return sealed, recover(sealed, keyring, index, index, FairShare(LeafFirstLru) if policy is None else policy)
+    policy = FairShare(LeafFirstLru) if policy is None else policy
+    return sealed, recover(sealed, keyring, index, index, policy, int(clock() * 1e6), retention_s)
 
 
 def look_below(home: Path, keyring: Keyring, nvme: NvmeSection, scratch: Path) -> tuple[SealedTier, Recovered]:
     """The same without changing anything: the index is a copy in folder `scratch`, and segments stay as they are."""
     sealed = SealedTier(_medium(ReadOnlyNvme, home, keyring, nvme), keyring)
-    return sealed, recover(sealed, keyring, store_folder(home, nvme) / _INDEX_FOLDER, scratch, FairShare(LeafFirstLru))
+    source = store_folder(home, nvme) / _INDEX_FOLDER
+    return sealed, recover(sealed, keyring, source, scratch, FairShare(LeafFirstLru), int(time.time() * 1e6))
 
 
 def _medium(kind: type[NvmeTier], home: Path, keyring: Keyring, nvme: NvmeSection) -> NvmeTier:
@@ -127,7 +131,9 @@ async def open_store(
     notes: list[str] = []
     if nvme.enabled:
         try:
-            sealed, recovered = await asyncio.to_thread(open_below, home, keyring, nvme, clock, _policy(kv, token_s))
+            sealed, recovered = await asyncio.to_thread(
+                open_below, home, keyring, nvme, clock, _policy(kv, token_s), kv.retention
+            )
         except TierError as error:
             notes.append(f"nothing is stored below DRAM: {error}")
             log.error("%s", notes[-1])
@@ -146,6 +152,7 @@ async def open_store(
         policy=_policy(kv, token_s),
         write_behind_bytes=kv.write_behind,
         read_bytes=buffer_bytes,
+        retention=Retention(kv.retention, clock, recovered.kept if recovered else None),
         clock=clock,
         notes=notes,
     )

@@ -19,6 +19,7 @@ from appliance.kv.check import remove, renew
 from appliance.kv.fair import FairShare
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry, LastUse
 from appliance.kv.policy import Standing
+from appliance.kv.retention import FOR_EVER
 from appliance.kv.runs import Runs
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, SegmentInfo
 from appliance.kv.tiers.files import tier_error
@@ -49,6 +50,8 @@ class Mended:
     """Pages that the medium could not read while the index was rebuilt: what began there is lost."""
     evicted: int = 0
     """Blocks beyond the capacity."""
+    expired: int = 0
+    """Blocks that nobody wanted kept for so long."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -75,11 +78,21 @@ class Recovered:
     tokens: int
     newest_us: int
     mended: Mended
+    kept: dict[BlockId, int]
+    """Until when, of those that are not kept for ever."""
 
 
-def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path, policy: FairShare[BlockId]) -> Recovered:
+def recover(
+    sealed: SealedTier,
+    keyring: Keyring,
+    source: Path,
+    target: Path,
+    policy: FairShare[BlockId],
+    now_us: int,
+    retention_s: float | None = None,
+) -> Recovered:
     """Start with the index in folder `source` and keep the outcome in folder `target`, which is the same one to serve from.
-    `policy` is an empty one, which is filled.
+    `policy` is an empty one, which is filled. `retention_s`: of blocks that the index does not know any more, since their sealing.
 
     TierError if the medium, or a folder, cannot be used at all.
     """
@@ -87,13 +100,17 @@ def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path, po
     index, rebuilt = _open_index(sealed, keyring, source / FILE_NAME, target / FILE_NAME)
     try:
         census = _Census(owners)
-        pending = _Pending()
+        pending = _Pending(retention_s or None)
+        expired = 0
         for block, entry in index.entries():
             if entry.extent.end > segments.get(entry.extent.segment, 0):
                 pending.removed.add(block)
+            elif entry.used.until_us <= now_us:
+                pending.removed.add(block)
+                expired += 1
             else:
                 census.add(block, entry)
-        dangling, known = len(pending.removed), census.blocks
+        dangling, known = len(pending.removed) - expired, census.blocks
         committed = index.ends()
         pending.gone.extend(number for number in committed if number not in segments)
         unread = 0
@@ -117,9 +134,9 @@ def recover(sealed: SealedTier, keyring: Keyring, source: Path, target: Path, po
     except BaseException:
         index.close()
         raise
-    mended = Mended(found if rebuilt else 0, dangling, quarantined, unread, len(evicted))
+    mended = Mended(found if rebuilt else 0, dangling, quarantined, unread, len(evicted), expired)
     tokens = census.tokens - sum(entry.n_tokens for entry in evicted)
-    return Recovered(index, policy, tokens, census.newest_us, mended)
+    return Recovered(index, policy, tokens, census.newest_us, mended, census.kept)
 
 
 class _Census:
@@ -133,12 +150,15 @@ class _Census:
         self.blocks = self.tokens = self.newest_us = 0
         self._ages = Runs(_AGE.size)
         self._places: dict[int, array[int]] = {}
+        self.kept: dict[BlockId, int] = {}
 
     def add(self, block: BlockId, entry: IndexEntry) -> None:
         self.blocks += 1
         self.tokens += entry.n_tokens
         self.newest_us = max(self.newest_us, entry.used.us)
-        used_us, *standing = entry.used
+        used_us, *standing, until_us = entry.used
+        if until_us < FOR_EVER:
+            self.kept[block] = until_us
         extent = entry.extent
         owner = self._owners[extent.segment]
         self._ages.add(_AGE.pack(used_us, _DEEPEST - entry.start, block, entry.parent, *standing, owner))
@@ -164,6 +184,8 @@ class _Census:
 class _Pending:
     """Changes of the index that wait for their transaction."""
 
+    retention_s: float | None
+    """Of records that the index does not know, since they were sealed."""
     added: dict[BlockId, tuple[IndexEntry, Tokens]] = field(default_factory=dict)
     removed: set[BlockId] = field(default_factory=set)
     gone: list[int] = field(default_factory=list)
@@ -176,7 +198,9 @@ class _Pending:
         """Records of a segment come in order, so its committed end grows."""
         identity, extent = record.meta.identity, record.extent
         payload_bytes, n_tokens = sum(record.meta.frame_bytes), len(identity.tokens)
-        entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, LastUse(record.seq))
+        until_us = FOR_EVER if self.retention_s is None else record.seq + int(self.retention_s * 1e6)
+        used = LastUse(record.seq, until_us=until_us)
+        entry = IndexEntry(extent, payload_bytes, n_tokens, identity.start, identity.parent, used)
         self.added[identity.block] = (entry, identity.tokens)
         self.ends[extent.segment] = extent.end
         return entry
@@ -185,7 +209,7 @@ class _Pending:
         """What waits then: nothing."""
         if self.added or self.removed or self.gone:
             index.apply(Changes(added=self.added, removed=list(self.removed), ends=self.ends, gone=self.gone))
-        return _Pending()
+        return _Pending(self.retention_s)
 
 
 def _own_segments(sealed: SealedTier) -> tuple[dict[int, int], dict[int, str], int]:

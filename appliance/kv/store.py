@@ -7,24 +7,26 @@ so a lookup sees one moment. Bytes move on the transfer pool's threads. Threadin
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from appliance.api.control import VerifyProgress
-from appliance.errors import StoreBusy
 from appliance.kv.base import NOTHING_VERIFIED, Hit, KVStore, Lookup, NewBlock, PoolShape, Reservation, Staged
 from appliance.kv.below import Below
+from appliance.kv.counts import TierCounts
 from appliance.kv.erase import erase, free
+from appliance.kv.expire import Expiry
 from appliance.kv.fair import FairShare
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
+from appliance.kv.retention import Retention
 from appliance.kv.stage import Limits, Stage
-from appliance.kv.tiers.dram import DramPool, DramTable, Entry, SlotState
+from appliance.kv.storing import Storing
+from appliance.kv.tiers.dram import DramPool, DramTable, Entry
 from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.kv.transfer import TransferPool
 from appliance.kv.verify import verify
@@ -58,6 +60,7 @@ class TieredStore(KVStore):
         policy: FairShare[BlockId],
         write_behind_bytes: int,
         read_bytes: int,
+        retention: Retention,
         clock: Callable[[], float],
         notes: Sequence[str] = (),
     ) -> None:
@@ -72,18 +75,32 @@ class TieredStore(KVStore):
         self._clock = clock
         self._notes = tuple(notes)
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-        self._patience = Patience()
-        self._reserve_turn = asyncio.Lock()
+        patience = Patience()
         self._closing = False
-        self._dram = DramTable(pool, self.pool, policy)
+        self._retention = retention
+        self._dram = DramTable(pool, self.pool, policy, TierCounts(self._counts, Tier.DRAM))
         self._below: Below | None = None
         self._writer: WriteBehind | None = None
         if sealed is not None and recovered is not None:
-            self._below = Below(sealed, recovered, transfers, layout, self._counts, clock)
+            self._below = Below(sealed, recovered, transfers, layout, self._counts, retention, clock)
             self._writer = WriteBehind(
-                self._dram, self._below, layout, self._plain, self._counts, self._patience, write_behind_bytes
+                self._dram, self._below, layout, self._plain, self._counts, patience, write_behind_bytes
             )
-        self._finder = Finder(keyring, fingerprint, layout, self._dram, self._below)
+        self._finder = Finder(keyring, fingerprint, layout, self._dram, self._below, retention)
+        expiry = Expiry(retention, self._dram, self._below)
+        self._expiring = asyncio.ensure_future(expiry.run())
+        self._storing = Storing(
+            self._dram,
+            self._below,
+            self._writer,
+            self._finder,
+            retention,
+            expiry,
+            patience,
+            layout,
+            self._counts,
+            self._now_us,
+        )
 
     # --- finding ---------------------------------------------------------------------------------------------------
 
@@ -145,77 +162,19 @@ class TieredStore(KVStore):
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
-    async def reserve(self, ns: Namespace, blocks: Sequence[NewBlock], *, durable: bool = True) -> list[Reservation]:
-        reserved: list[Reservation] = []
-        since_s = time.monotonic()
-        try:
-            async with self._reserve_turn:
-                for new in blocks:
-                    while not self._finder.holds(new) and not self._room_for(new):
-                        if reserved and not (self._writer and self._writer.pending_blocks):
-                            return reserved  # only what this call or a pin holds is in the way
-                        await self._patiently(since_s)
-                    if not self._finder.holds(new):
-                        state, now_us = SlotState.RESERVED, self._now_us()
-                        entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
-                        entry.durable = durable
-                        self._promise(self._payload_bytes(new))
-                        reserved.append(Reservation(new, entry.slot))
-        except BaseException:
-            self.abort(reserved)
-            raise
-        return reserved
+    async def reserve(
+        self, ns: Namespace, blocks: Sequence[NewBlock], *, retention_s: float | None = None
+    ) -> list[Reservation]:
+        return await self._storing.reserve(ns, blocks, retention_s)
 
-    async def _patiently(self, since_s: float) -> None:
-        """Wait for a change of slots, as long as batches or reservations end now and then: pins come and go regardless."""
-        if not await self._patience.wait(self._dram.change(), since_s):
-            self._counts["store_busy_total"] += 1
-            if self._writer is not None:
-                self._writer.lost_patience()
-            raise StoreBusy("write-behind does not move")
-
-    def _promise(self, nbytes: int) -> None:
-        if self._writer is not None:
-            self._writer.promised_bytes += nbytes
-
-    def keep(self, ns: Namespace, tokens: Tokens) -> None:
-        if self._writer is not None:
-            self._writer.keep(hit.block for hit in self.lookup(ns, tokens).hits)
+    def keep(self, ns: Namespace, tokens: Tokens, *, retention_s: float | None = None) -> None:
+        self._storing.keep(ns, tokens, retention_s)
 
     def commit(self, reservations: Sequence[Reservation]) -> None:
-        for entry in self._ended(reservations):
-            if self._writer is None or not entry.durable:
-                self._dram.set_state(entry, SlotState.CLEAN)
-            else:
-                self._writer.put(entry)
-            self._drop_superseded(entry)
-        self._dram.touch([reservation.new.block for reservation in reservations], self._now_us(), counts=False)
+        self._storing.commit(reservations)
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
-        for entry in self._ended(reservations):
-            self._dram.drop(entry)
-
-    def _ended(self, reservations: Sequence[Reservation]) -> Iterator[Entry]:
-        for reservation in reservations:
-            entry = self._dram.get(reservation.new.block)
-            assert entry is not None, "a reservation ends once"
-            assert entry.state is SlotState.RESERVED, "a reservation ends once"
-            self._promise(-self._payload_bytes(reservation.new))
-            self._patience.moved()
-            yield entry
-
-    def _drop_superseded(self, entry: Entry) -> None:
-        """Tails in DRAM whose tokens the new block begins with; below they go with its record. Indivisible ones stay."""
-        for other in list(self._dram.children(entry.parent)) if self._layout.divisible else ():
-            replaces = len(other.tokens) < len(entry.tokens) and other.tokens == entry.tokens[: len(other.tokens)]
-            if replaces and not other.pins and entry.durable >= other.durable:
-                unwritten = self._writer is not None and self._writer.withdraw(other)
-                if unwritten or self._dram.evictable(other):
-                    self._dram.drop(other)
-
-    def _room_for(self, new: NewBlock) -> bool:
-        """Whether a slot is to be had, and write-behind has room."""
-        return self._dram.has_room() and (self._writer is None or self._writer.has_room(self._payload_bytes(new)))
+        self._storing.abort(reservations)
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
@@ -238,7 +197,7 @@ class TieredStore(KVStore):
         return [dram, replace(nvme, pending_bytes=self._writer.dirty_bytes, notes=(*nvme.notes, *self._notes))]
 
     def counters(self) -> Mapping[str, float]:
-        return {**self._counts, 'evicted_blocks_total{tier="dram"}': self._dram.evicted}
+        return dict(self._counts)
 
     async def verify(self, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
         """Open every record and cross-check the index while serving; `repair` drops what is bad."""
@@ -267,6 +226,7 @@ class TieredStore(KVStore):
     async def close(self) -> None:
         """Index and medium go last, when no thread uses them: the number of a closed file may be another's the next moment."""
         self._closing = True
+        self._expiring.cancel()
         if self._writer is not None:
             await self._writer.close()
         if self._below is not None:
@@ -286,9 +246,6 @@ class TieredStore(KVStore):
             fingerprint=self._fingerprint,
         )
         return Plain(identity, self._memory.view(entry.slot))
-
-    def _payload_bytes(self, new: NewBlock) -> int:
-        return self._layout.payload_bytes(len(new.tokens))
 
     def _now_us(self) -> int:
         return int(self._clock() * 1e6)

@@ -78,13 +78,16 @@ class WriteBehind:
         self.dirty_bytes += self._payload_bytes(entry)
         self._work.set()
 
-    def keep(self, blocks: Iterable[BlockId]) -> None:
-        """Write what was to stay in memory only, now or when there is room; what is not there yet as soon as it is."""
+    def keep(self, blocks: Iterable[BlockId]) -> list[BlockId]:
+        """Write what was to stay in memory only, now or when there is room; what is not there yet as soon as it is. Returns
+        what that is."""
+        kept: list[BlockId] = []
         for block in blocks:
             entry = self._dram.get(block)
             if entry is None or entry.durable:
                 continue
             entry.durable = True
+            kept.append(block)
             if entry.state is not SlotState.CLEAN:
                 continue
             if self.has_room(self._payload_bytes(entry)):
@@ -93,6 +96,7 @@ class WriteBehind:
                 self._unsaved[block] = entry
                 if self._retry is None:
                     self._retry_in(FIRST_RETRY_S)
+        return kept
 
     def withdraw(self, entry: Entry) -> bool:
         """Not worth writing any more; False if its record is being written already."""

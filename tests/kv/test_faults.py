@@ -266,7 +266,7 @@ async def test_a_disk_that_others_filled_costs_old_blocks_only(tmp_path: Path) -
         tier.fail("write", 1, error=full)
         await fill(store, TOKENS)
         assert await store.flush(5)
-        assert store.counters()['evicted_blocks_total{tier="nvme"}'] == 7
+        assert store.counters()['evicted_blocks_total{tier="nvme",reason="capacity"}'] == 7
         store.evict_dram()
         assert await restored(store, TOKENS) == len(TOKENS)
 

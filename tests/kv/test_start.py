@@ -132,7 +132,7 @@ async def test_one_unreadable_page_costs_a_rebuild_one_block(tmp_path: Path) -> 
         tmp_path / "store", capacity_bytes=2**20, segment_bytes=2**20, superblock=superblock_maker(ring), direct=False
     )
     folder = index_file(tmp_path).parent
-    recovered = recovery.recover(SealedTier(OnePage(tier), ring), ring, folder, folder, FairShare(LeafFirstLru))
+    recovered = recovery.recover(SealedTier(OnePage(tier), ring), ring, folder, folder, FairShare(LeafFirstLru), 0)
     recovered.index.close()
     assert recovered.mended == Mended(found=BLOCKS - 1, unread=1)
     assert "1 pages cannot be read; the blocks in them are lost" in recovered.mended.notes

@@ -40,12 +40,12 @@ async def test_a_lookup_changes_nothing(tmp_path: Path) -> None:
         await store.flush(5)
         store.evict_dram()
         before = (store.lookup(NS, tokens), store.counters(), list(store._below.policy.oldest_first()))
-        stamps = dict(store._below._used)
+        stamps = dict(store._below._stamps._used)
         for other in (tokens, tokens[:30], prompt(2, 50)):
             store.lookup(NS, other)
             store.missing(NS, other)
         assert (store.lookup(NS, tokens), store.counters(), list(store._below.policy.oldest_first())) == before
-        assert store._below._used == stamps
+        assert store._below._stamps._used == stamps
 
 
 async def test_a_hit_reaches_to_the_token(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ async def test_nvme_evicts_the_oldest_and_deepest_first(tmp_path: Path) -> None:
         store.evict_dram()
         assert store.lookup(NS, old).tokens == 80, "used last"
         assert store.lookup(NS, new).tokens == 16, "three of its blocks had to go, the deepest"
-        assert store.counters()['evicted_blocks_total{tier="nvme"}'] == 3
+        assert store.counters()['evicted_blocks_total{tier="nvme",reason="capacity"}'] == 3
     async with opened(tmp_path, capacity=4 * record + 16384, segment=2**20) as store:
         usage = store.usage()[1]
         assert usage.used_bytes <= usage.capacity_bytes

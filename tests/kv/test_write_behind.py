@@ -18,7 +18,7 @@ from tests.support.kv import FINGERPRINT, LAYOUT, NS, faulty, fill, opened, prom
 BLOCK_BYTES = LAYOUT.payload_bytes(16)
 SMALL_BYTES = 10 * record_bytes(LAYOUT, 16) + 8192
 """Ten blocks."""
-EVICTED = 'evicted_blocks_total{tier="nvme"}'
+EVICTED = 'evicted_blocks_total{tier="nvme",reason="capacity"}'
 
 
 async def _tried_again(store: TieredStore) -> bool:
@@ -49,7 +49,7 @@ async def test_what_is_tried_again_stays_within_the_bound(tmp_path: Path) -> Non
 
 async def test_patience_begins_with_the_wait(tmp_path: Path) -> None:
     async with opened(tmp_path, slots=4) as store:
-        store._patience._moved_s -= 3600  # nothing moved, as nothing was to be done
+        store._storing._patience._moved_s -= 3600  # nothing moved, as nothing was to be done
         held = await store.reserve(NS, store.missing(NS, prompt(1, 64)))
         waiting = asyncio.ensure_future(store.reserve(NS, store.missing(NS, prompt(2, 64))))
         await asyncio.sleep(0)

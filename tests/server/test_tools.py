@@ -231,5 +231,7 @@ async def test_what_clients_say_about_the_cache_and_penalties_arrives(
     request = runtime.requests[-1]
     assert (request.session, request.retention_s) == ("session 1", 86_400)
     assert (request.sampling.repeat_penalty, request.sampling.min_tokens) == (1.3, 2)
+    await ask(client, prompt_cache_retention="30m")
+    assert runtime.requests[-1].retention_s == 1800
     await ask(client, prompt_cache_retention="in_memory")
     assert (runtime.requests[-1].session, runtime.requests[-1].retention_s) == (None, 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,8 @@ async def opened(
     eviction: Literal["cost", "lru"] = "cost",
     ring: Keyring | None = None,
     fingerprint: Fingerprint = FINGERPRINT,
+    retention_s: float | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[TieredStore]:
     pool = DramPool(slots * LAYOUT.slot_bytes, lock=False)
     store = await open_store(
@@ -71,9 +74,16 @@ async def opened(
         fingerprint,
         LAYOUT,
         pool,
-        KVSection(write_behind=write_behind, read_size=read_size, transfer_threads=2, eviction=eviction),
+        KVSection(
+            write_behind=write_behind,
+            read_size=read_size,
+            transfer_threads=2,
+            eviction=eviction,
+            retention=None if retention_s is None else f"{retention_s}s",
+        ),
         NvmeSection(enabled=nvme, capacity=capacity, segment=segment),
         token_s,
+        clock,
     )
     try:
         yield store
@@ -98,13 +108,14 @@ def view(store: KVStore, slot: int) -> memoryview:
     return store._memory.view(slot)
 
 
-async def fill(store: KVStore, tokens: Tokens, ns: Namespace = NS, *, durable: bool = True) -> list[NewBlock]:
+async def fill(
+    store: KVStore, tokens: Tokens, ns: Namespace = NS, *, retention_s: float | None = None
+) -> list[NewBlock]:
     """Compute and commit whatever is missing, as a request does."""
     stored: list[NewBlock] = []
-    if durable:
-        store.keep(ns, tokens)
+    store.keep(ns, tokens, retention_s=retention_s)
     while missing := store.missing(ns, tokens):
-        reserved = await store.reserve(ns, missing, durable=durable)
+        reserved = await store.reserve(ns, missing, retention_s=retention_s)
         assert reserved, "what is missing can be reserved"
         for reservation in reserved:
             kv = payload(reservation.new.tokens, reservation.new.start)

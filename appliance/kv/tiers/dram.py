@@ -23,6 +23,7 @@ import psutil
 
 from appliance.errors import ConfigError
 from appliance.kv.base import PoolShape
+from appliance.kv.counts import TierCounts
 from appliance.kv.fair import FairShare
 from appliance.kv.tiers.files import tier_error
 from appliance.security.seal import wipe
@@ -151,7 +152,7 @@ class _Either:
 class DramTable:
     """Which block is in which slot, and which go first."""
 
-    def __init__(self, pool: DramPool, shape: PoolShape, policy: FairShare[BlockId]) -> None:
+    def __init__(self, pool: DramPool, shape: PoolShape, policy: FairShare[BlockId], count: TierCounts) -> None:
         self._pool = pool
         self.slots = shape.slots
         self._slot_bytes = shape.slot_bytes
@@ -164,7 +165,7 @@ class DramTable:
         self._waiters: list[asyncio.Future[None]] = []
         self._pinned = 0
         self._pin_limit = shape.slots - max(1, shape.slots // 4)
-        self.evicted = 0
+        self._count = count
 
     def get(self, block: BlockId) -> Entry | None:
         return self._entries.get(block)
@@ -215,8 +216,7 @@ class DramTable:
         if not self._free:
             protected = _Either(self._held, sparing) if sparing else self._held
             (victim,) = self.policy.evict(1, protected, ns.tenant)
-            self.drop(self._entries[victim])
-            self.evicted += 1
+            self.evict(self._entries[victim], "capacity")
         slot = self._free.pop()
         if self._last_tenant[slot] not in (None, ns.tenant):
             wipe(self._pool.view(slot))
@@ -245,6 +245,11 @@ class DramTable:
         entry.pins -= 1
         self._pinned -= entry.pins == 0
         self._hold(entry)
+
+    def evict(self, entry: Entry, why: str) -> None:
+        """drop(), counted."""
+        self.drop(entry)
+        self._count.evicted(why, 1)
 
     def drop(self, entry: Entry) -> None:
         """Forget the block and free its slot."""
