@@ -15,6 +15,8 @@ from appliance.types import Tokens
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1_000
 MAX_BIASES = 1_024
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+"""As the chat API and the Responses API call them."""
 
 T = TypeVar("T")
 
@@ -80,9 +82,9 @@ def joined_parts(value: object) -> object:
         return value
     texts = []
     for part in value:
-        if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
-            raise ValueError('only parts of type "text" are supported by this model; leave images, audio and files out')
-        text = part.get(part["type"])
+        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
+            raise ValueError("only parts of text are supported by this model; leave images, audio and files out")
+        text = part.get("refusal" if part["type"] == "refusal" else "text")
         if not isinstance(text, str):
             raise ValueError('the "text" of a part should be a string')
         texts.append(text)

@@ -14,27 +14,11 @@ from pydantic import BeforeValidator, Field
 from appliance.api.answers import Body, Explanation, LlamaTimings
 from appliance.api.chat_fields import MAX_TOOLS, CallId, ShallowObject, ToolName
 from appliance.api.constraints import Schema
-from appliance.api.fields import Request, Retention, only
+from appliance.api.fields import Request, Retention, joined_parts, only
 from appliance.api.openai import MAX_MESSAGES
 
-PART_TYPES = ("input_text", "output_text", "text", "refusal")
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 NOT_KEPT = "responses are not kept here; send the whole conversation in input"
-
-
-def _text(value: object) -> object:
-    """Parts of text as one text."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
-            raise ValueError("only parts of text are supported by this model; leave images, audio and files out")
-        text = part.get("refusal" if part["type"] == "refusal" else "text")
-        if not isinstance(text, str):
-            raise ValueError('the "text" of a part should be a string')
-        texts.append(text)
-    return "".join(texts)
 
 
 def _items(value: object) -> object:
@@ -48,7 +32,7 @@ def _items(value: object) -> object:
     return items
 
 
-Text = Annotated[str, BeforeValidator(_text)]
+Text = Annotated[str, BeforeValidator(joined_parts)]
 
 
 class MessageItem(Request):

@@ -123,5 +123,6 @@ def _first(error: ValidationError) -> RequestError:
 
 
 def _path(loc: Sequence[str | int]) -> str:
-    """("messages", 0, "role") -> messages[0].role"""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    """("messages", 0, "role") -> messages[0].role; which of several types it might have been is left out."""
+    named = [part for part in loc if isinstance(part, int) or part.replace("_", "").isalnum()]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).lstrip(".")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from appliance.api.chat_fields import conversation
 from appliance.api.openai import ChatRequest
 from appliance.chat.calls import CallEvent, CallParser, Gathered, Said
 from appliance.chat.tools import ToolUse
+from appliance.errors import RequestError
 from appliance.runtime import Finished, GenerateRequest
 from appliance.server import limits
 from appliance.server.base import Service
-from appliance.server.body import validate
 from appliance.server.constrain import grammar_of
 from appliance.server.errors import ApiError
 from appliance.server.generate import Batch, Tally, generate
@@ -68,9 +68,22 @@ class Read:
     grammar: str | None
 
 
-async def read(service: Service, tree: dict[str, Any]) -> Read:
-    """`tree` is the call as the chat API would have it."""
-    call = validate(ChatRequest, tree)
+@contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """What is wrong with a field is said under the name that the caller's API has for it."""
+    try:
+        yield
+    except RequestError as error:
+        theirs, said = names.get(error.param or ""), str(error)
+        if error.param is None or theirs is None:
+            raise
+        if said.startswith(error.param):
+            said = theirs + said.removeprefix(error.param)
+        raise RequestError(said, param=theirs, code=error.code, status=error.status) from None
+
+
+async def read(service: Service, call: ChatRequest) -> Read:
+    """Checked against the model, and tokenized as its template says."""
     limits.check_model(call.model, service.model)
     tools = tool_use(call, service.model)
     grammar = await asyncio.to_thread(grammar_of, call, service.model, tools)

@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.api.answers import Body, Model, ModelList
-from appliance.api.chat_fields import conversation
 from appliance.api.openai import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
 from appliance.errors import RequestError
 from appliance.runtime import Chunk, GenerateRequest
@@ -26,11 +25,11 @@ from appliance.server import limits
 from appliance.server.base import ServedModel, Service
 from appliance.server.body import read_request
 from appliance.server.constrain import grammar_of
+from appliance.server.converse import read
 from appliance.server.generate import Batch, Tally, generate
 from appliance.server.logprobs import Pieces
 from appliance.server.shapes import ChatShape, Collected, Shape, TextShape
 from appliance.server.stream import event, event_stream, unless_disconnected
-from appliance.server.tool_use import tool_use
 from appliance.types import Tokens
 
 
@@ -48,14 +47,9 @@ def router(service: Service) -> APIRouter:
         call = await read_request(request, ChatRequest, service.max_body_bytes)
         if call.top_logprobs is not None and not call.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
-        limits.check_model(call.model, service.model)
-        tools = tool_use(call, service.model)
-        grammar = await asyncio.to_thread(grammar_of, call, service.model, tools)
-        prompt = await service.runtime.render(
-            conversation(call.messages), [tool.for_template() for tool in tools.tools], call.template_options
-        )
-        shape = ChatShape(service.model, tools, usage_follows=_usage_wanted(call))
-        return await _answer(request, call, [prompt], shape, "messages", grammar)
+        asked = await read(service, call)
+        shape = ChatShape(service.model, asked.tools, usage_follows=_usage_wanted(call))
+        return await _answer(request, call, [asked.prompt], shape, "messages", asked.grammar)
 
     @routes.post("/completions")
     async def completions(request: Request) -> Response:

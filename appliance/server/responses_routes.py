@@ -11,11 +11,15 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from appliance.api.openai import ChatRequest
 from appliance.api.responses import ResponsesRequest
 from appliance.server.base import Service
-from appliance.server.body import read_request
-from appliance.server.converse import answer, read
+from appliance.server.body import read_request, validate
+from appliance.server.converse import answer, named, read
 from appliance.server.responses_shape import ResponseWriter
+
+NAMES = {"response_format": "text.format", "max_tokens": "max_output_tokens", "messages": "input"}
+"""Where a field of the chat API is here."""
 
 
 def router(service: Service) -> APIRouter:
@@ -24,9 +28,10 @@ def router(service: Service) -> APIRouter:
     @routes.post("/responses")
     async def responses(request: Request) -> Response:
         call = await read_request(request, ResponsesRequest, service.max_body_bytes)
-        asked = await read(service, call.for_chat())
         call_id = f"resp_{os.urandom(12).hex()}"
         writer = ResponseWriter(service.model, call_id, call)
-        return await answer(service, request, asked, call_id, lambda _: writer, call.retention_s)
+        with named(NAMES):
+            asked = await read(service, validate(ChatRequest, call.for_chat()))
+            return await answer(service, request, asked, call_id, lambda _: writer, call.retention_s)
 
     return routes

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Any, Literal
 
+import anthropic
 import numpy as np
 import openai
 import pytest
@@ -89,6 +90,29 @@ def test_chats_stream_what_they_answer(client: openai.OpenAI) -> None:
     assert all(whole == streamed for whole, streamed in answers)
     assert len({whole for whole, _ in answers}) == THREADS, "each prompt has an answer of its own"
     assert answers == [ask(n) for n in range(THREADS)]
+
+
+def test_responses_and_messages_say_what_a_chat_says(served: Appliance, client: openai.OpenAI) -> None:
+    """One conversation is one prompt, whatever API it comes by: the second to ask finds what the first computed."""
+    said: list[Any] = [{"role": "user", "content": text(prompt(80, 200))}]
+    chat = client.chat.completions.create(model="tiny", messages=said, temperature=0, max_tokens=COMPLETION_TOKENS)
+    expected, usage = chat.choices[0].message.content, chat.usage
+    assert usage is not None
+    options: dict[str, Any] = {"model": "tiny", "input": said, "temperature": 0, "max_output_tokens": COMPLETION_TOKENS}
+    response = client.responses.create(**options)
+    *_, last = client.responses.create(**options, stream=True)
+    for answer in (response, last.response):
+        assert answer.output_text == expected
+        assert answer.usage is not None
+        assert answer.usage.input_tokens == usage.prompt_tokens
+        assert answer.usage.input_tokens_details.cached_tokens == usage.prompt_tokens - 1
+        assert answer.status == ("incomplete" if chat.choices[0].finish_reason == "length" else "completed")
+    with anthropic.Anthropic(base_url=served.base_url, api_key=client.api_key, max_retries=0) as other:
+        message = other.messages.create(
+            model="tiny", messages=said, max_tokens=COMPLETION_TOKENS, extra_body={"temperature": 0}
+        )
+    assert [block.text for block in message.content if block.type == "text"] == [expected]
+    assert (message.usage.cache_read_input_tokens, message.usage.input_tokens) == (usage.prompt_tokens - 1, 1)
 
 
 def test_several_choices_and_log_probabilities(client: openai.OpenAI, alone: list[str]) -> None:

@@ -15,6 +15,10 @@ GOOD = prompt(1, 100)
 CONTEXT_TOKENS = 4096
 
 
+def message(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 def chat(**fields: Any) -> bytes:
     return json.dumps({"messages": HELLO, "temperature": 0, **fields}).encode()
 
@@ -49,6 +53,13 @@ BAD: list[tuple[str, str, bytes, int, str]] = [
     ("string of 20,000 characters", CHAT, chat(json_schema={"type": "string", "minLength": 20_000}), 400, "minLength"),
     ("list of 20,000", CHAT, chat(json_schema={"type": "array", "minItems": 20_000}), 400, "minItems"),
     ("embedding of nothing", "/v1/embeddings", b'{"input": ""}', 400, "empty"),
+    ("over-long embedding", "/v1/embeddings", json.dumps({"input": "\n" * 1_000_000}).encode(), 400, str(CONTEXT_TOKENS)),
+    ("over-long message", "/v1/messages", json.dumps({"messages": message("!" * 100_000), "max_tokens": 1}).encode(), 400, str(CONTEXT_TOKENS)),
+    ("tool that cannot be called", "/v1/messages", json.dumps({"messages": HELLO, "max_tokens": 9, "tools": [{"name": "f", "input_schema": {"properties": {"a": {"type": "array", "minItems": 20_000}}}}], "tool_choice": {"type": "any"}}).encode(), 400, "minItems"),
+    ("over-long input", "/v1/responses", json.dumps({"input": "漢" * 30_000}).encode(), 400, str(CONTEXT_TOKENS)),
+    ("form that cannot be", "/v1/responses", json.dumps({"input": "hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "string", "minLength": 20_000}}}}).encode(), 400, "text.format"),
+    ("over-long prefetch", "/v1/kv/prefetch", json.dumps({"messages": message("7" * 100_000), "compute": True}).encode(), 400, str(CONTEXT_TOKENS)),
+    ("prefetch beyond the vocabulary", "/v1/kv/prefetch", b'{"prompt": [288]}', 400, "287"),
     ("tokenize nothing", "/tokenize", b"{}", 400, "content"),
     ("detokenize beyond the vocabulary", "/detokenize", b'{"tokens": [288]}', 400, "tokens"),
 ]  # fmt: skip

@@ -203,6 +203,8 @@ def test_mistakes_are_the_clients_own_errors(client: anthropic.Anthropic, base_u
         ask(client, messages=[{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "u"}}]}])
     with pytest.raises(anthropic.BadRequestError, match="continued"):
         ask(client, messages=[*HELLO, {"role": "assistant", "content": "It"}])
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format: "):
+        ask(client, output_config={"format": {"type": "json_schema", "schema": {"enum": []}}})
     with pytest.raises(anthropic.BadRequestError, match="host"):
         ask(client, tools=[{"type": "web_search_20250305", "name": "web_search"}])
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):

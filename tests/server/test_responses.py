@@ -135,7 +135,9 @@ def test_an_answer_that_is_cut_off_says_so(client: openai.OpenAI) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "items are supported"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]}, "images"),
         ({"input": []}, "input"),
-        ({"max_output_tokens": 0}, "max_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"enum": []}}}}, "text.format"),
+        ({"tool_choice": {"type": "x"}}, " tool_choice: should"),
     ],
     ids=str,
 )
