@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.appliance import BLOCK, COMPLETION_TOKENS, TOKEN_BYTES, Answer, Appliance, appliance, prompt, until
+from tests.support.dear import DEAR
 
 POOL_BLOCKS = 16
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
-    """With a DRAM pool that is smaller than some prompts, and holds what was used last whatever it would cost to compute."""
+    """With a DRAM pool that is smaller than some prompts, and holds what was used last; it always loads what it can."""
     pool = {"tiers.dram.capacity": POOL_BLOCKS * BLOCK * TOKEN_BYTES, "kv.eviction": "lru"}
-    with appliance(tmp_path_factory.mktemp("home"), pool) as running:
+    with appliance(tmp_path_factory.mktemp("home"), pool, program=DEAR) as running:
         yield running
 
 
