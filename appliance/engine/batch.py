@@ -64,7 +64,8 @@ class Batches:
         The oldest comes first when it was passed over often enough. What a prompt in the batch computes no other one
         computes too: it is adopted in the next step.
         """
-        wanting = [*self._roster.streams, *(front.request for front in self._fronts)]
+        fronts = [front.request for front in self._fronts if not front.request.was_run]
+        wanting = [*self._roster.streams, *fronts]
         waiting = [r for r in wanting if r.sequence and not r.decoding and not self._transfers.restoring(r)]
         for request in waiting:
             self._cells.adopt(request)
@@ -105,7 +106,8 @@ class Batches:
         done = [front for front in self._fronts if front.request.sequence]
         for front in [front for front in done if front.request.present >= front.request.prefill_to]:
             self._fronts.remove(front)
-            self._cells.adopt(front.request)
+            if not front.request.was_run:  # else its last token may be decoded by now
+                self._cells.adopt(front.request)
             front.reply.set_result(front.request.present)
 
     def end_front(self, request: Request, why: str) -> None:

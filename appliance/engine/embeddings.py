@@ -32,6 +32,8 @@ class _Job:
     reply: Future[bytes]
     total: NDArray[np.float64]
     """Of the vectors so far."""
+    computed: int = 0
+    """Tokens in it."""
 
 
 class Embeddings:
@@ -91,13 +93,13 @@ class Embeddings:
     def _advance(self, job: _Job, most_tokens: int) -> bool:
         """True when the whole prompt is in."""
         sequence, prompt = job.request.sequence, job.request.prompt
-        if job.request.ended or sequence is None:
-            raise EngineError("the request was cancelled")
-        start = sequence.length
+        start = job.computed
+        if job.request.ended or sequence is None or sequence.length != start:
+            raise EngineError("the request was cancelled, or its cells hold something else")
         tokens = prompt[start : start + most_tokens]
         vectors = self._engine.embed(Row(sequence.id, start, tokens, want_logits=False))
         self._cells.extend(sequence, len(tokens))
-        stop = start + len(tokens)
+        job.computed = stop = start + len(tokens)
         pooling = self._engine.info.pooling
         if pooling is Pooling.MEAN:
             job.total += vectors.sum(axis=0, dtype=np.float64)

@@ -114,7 +114,9 @@ class Roster:
             self._queue.append(request)
 
     def admit(self) -> None:
-        """Give cells to as many waiting requests as fit."""
+        """Give cells to as many waiting requests as fit, but none while a stream waits for one."""
+        if any(stream.stalled for stream in self.streams):
+            return
         with self.lock:
             while self._queue:
                 request = self._queue[0]

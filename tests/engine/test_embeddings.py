@@ -11,6 +11,7 @@ from appliance.engine.base import Row
 from appliance.engine.embeddings import CHUNK_TOKENS
 from appliance.errors import EngineError
 from appliance.types import Tokens
+from tests.support.engines import NULL_BLOCK as BLOCK
 from tests.support.engines import null_engine, prompt
 from tests.support.scheduling import Bench, reference
 
@@ -110,3 +111,14 @@ def test_only_what_has_cells_and_is_not_run_can_be_embedded() -> None:
         bench.settle()
         with pytest.raises(EngineError):
             reply.result(timeout=0)
+
+
+def test_what_has_more_than_the_embedding_in_its_cells_is_refused() -> None:
+    bench = Bench()
+    tokens = prompt(2 * BLOCK)
+    bench.begin("e", tokens, 0)
+    bench.done(bench.scheduler.restore("e", 0, bench.stored(tokens)))
+    reply = bench.scheduler.embed("e")
+    bench.settle()
+    with pytest.raises(EngineError):
+        reply.result(timeout=0)

@@ -160,6 +160,22 @@ def test_an_embedding_that_holds_cells_which_all_streams_wait_for_is_computed() 
     assert bench.tokens("r") == reference(prompt(20), 40)
 
 
+def test_cells_that_a_stream_waits_for_are_not_given_to_who_comes_later() -> None:
+    bench = Bench(context_tokens=64, growth_tokens=4, batch_tokens=16)
+    for seed, name in enumerate(("old", "young")):
+        bench.start(name, prompt(20, seed), 30)
+    bench.settle()
+    assert preemptions(bench, "young") == 1
+    bench.scheduler.park("young")
+    bench.start("later", prompt(64 - bench.roster.known("old").present - 2, 2), 2)
+    bench.settle()
+    assert bench.end("old"), "it went on at once"
+    assert bench.roster.stats().preemptions == 1
+    bench.release("old")
+    bench.settle()
+    assert bench.end("later")
+
+
 def test_pins_of_those_who_wait_are_in_nobodys_way() -> None:
     bench = Bench(context_tokens=64, growth_tokens=4, batch_tokens=16)
     bench.start("before", prompt(30, 9), 1)
@@ -244,6 +260,19 @@ def test_blocks_aside_are_dropped_with_their_request() -> None:
     bench.release("r")
     bench.done(bench.scheduler.evict())
     assert bench.engine.free_cells == bench.engine.info.context_tokens
+
+
+def test_a_request_that_is_run_before_its_front_was_answered_has_one_row_in_a_batch() -> None:
+    bench = Bench(batch_tokens=64)
+    tokens = prompt(2 * BLOCK + 1)
+    blocks = bench.stored(tokens)
+    bench.begin("r", tokens)
+    bench.scheduler.restore("r", 0, blocks[:2])
+    front = bench.scheduler.prefill("r", 2 * BLOCK)
+    bench.run("r", 4)
+    bench.settle()
+    assert front.result(timeout=0) >= 2 * BLOCK
+    assert bench.tokens("r") == reference(tokens, 4)
 
 
 def test_a_front_that_cannot_be_computed_leaves_a_request_that_can_be_run() -> None:

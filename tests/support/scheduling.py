@@ -31,8 +31,8 @@ OWNER = b"an owner"
 class SpiedEngine(NullEngine):
     """Keeps the rows of every decode that it did not refuse."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: EngineConfig, *, checkpoints: bool) -> None:
+        super().__init__(config, checkpoints=checkpoints)
         self.batches: list[list[Row]] = []
         self.refuses: Callable[[Row], bool] = lambda row: False
 
@@ -46,7 +46,7 @@ class SpiedEngine(NullEngine):
 class Bench:
     def __init__(self, *, kv_mode: KVMode = KVMode.ROWS, growth_tokens: int = GROWTH_TOKENS, **config: Any) -> None:
         settings = null_config(**config)
-        self.engine = SpiedEngine(settings)
+        self.engine = SpiedEngine(settings, checkpoints=kv_mode is KVMode.CHECKPOINT)
         self.engine.info = replace(self.engine.info, kv_mode=kv_mode)
         self.slots: dict[int, bytearray] = {}
         self.events: dict[str, list[Event | Failed]] = defaultdict(list)
@@ -110,14 +110,16 @@ class Bench:
 
     def stored(self, tokens: Tokens, first_slot: int = 1000) -> list[tuple[int, int, int]]:
         """Compute and export elsewhere: what a restore of all of `tokens` is told. Slots from first_slot on."""
-        block = self.engine.info.layout.block_tokens
-        engine = null_engine(block_tokens=block, context_tokens=len(tokens))
-        prefill(engine, 0, tokens)
+        layout = self.engine.info.layout
+        engine = NullEngine(
+            null_config(block_tokens=layout.block_tokens, context_tokens=len(tokens)), checkpoints=not layout.divisible
+        )
         blocks = []
-        for i, start in enumerate(range(0, len(tokens), block)):
-            n = min(block, len(tokens) - start)
-            engine.export(0, start, [(n, self.slot(first_slot + i, engine.info.layout.payload_bytes(n)))])
-            blocks.append((first_slot + i, n, n))
+        for i, start in enumerate(range(0, len(tokens), layout.block_tokens)):
+            part = tokens[start : start + layout.block_tokens]
+            prefill(engine, 0, part, start)
+            engine.export(0, start, [(len(part), self.slot(first_slot + i, layout.payload_bytes(len(part))))])
+            blocks.append((first_slot + i, len(part), len(part)))
         return blocks
 
     # --- what came of it ----------------------------------------------------------------------------------------
