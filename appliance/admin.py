@@ -14,6 +14,7 @@ from appliance.anticipate import Anticipation
 from appliance.api.control import (
     EvictRequest,
     EvictResult,
+    PinResult,
     PrefetchProgress,
     PrefetchRequest,
     PromptInspection,
@@ -43,7 +44,7 @@ from appliance.runtime import Runtime
 from appliance.security.keyring import Keyring
 from appliance.server.base import Admin
 from appliance.server.metrics import Snapshot
-from appliance.types import Namespace, Tier, Tokens
+from appliance.types import Namespace, Tier, TierUsage, Tokens
 
 OPERATOR_PREFETCHES = 16
 
@@ -163,6 +164,39 @@ class ApplianceAdmin(Admin):
         freed = await self._store.erase(self._namespace(prompt), tokens)
         await self._engine.evict()
         return EvictResult(freed=freed)
+
+    async def pin(self, prompt: PromptRef) -> PinResult:
+        tokens = await self._tokens(prompt)
+        before = self._lowest().pinned_blocks
+        reach = await self._store.pin_prompt(self._namespace(prompt), tokens)
+        if not reach:
+            raise RequestError(
+                "no tier has this prompt; read it first with: kvctl prefetch --compute", code="not_stored", status=409
+            )
+        lowest = self._lowest()
+        return PinResult(
+            prompt_tokens=len(tokens),
+            tokens=reach,
+            blocks=lowest.pinned_blocks - before,
+            pinned_bytes=lowest.pinned_bytes,
+            budget_bytes=lowest.pin_budget_bytes,
+        )
+
+    async def unpin(self, prompt: PromptRef) -> PinResult:
+        tokens = await self._tokens(prompt)
+        released = await self._store.unpin_prompt(self._namespace(prompt), tokens)
+        lowest = self._lowest()
+        return PinResult(
+            prompt_tokens=len(tokens),
+            tokens=0,
+            blocks=released,
+            pinned_bytes=lowest.pinned_bytes,
+            budget_bytes=lowest.pin_budget_bytes,
+        )
+
+    def _lowest(self) -> TierUsage:
+        """The tier that pins hold."""
+        return max(self._store.usage(), key=lambda usage: usage.pin_budget_bytes)
 
     async def tenants(self) -> TenantList:
         return tenants_of(self._keyring)

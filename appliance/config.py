@@ -127,6 +127,8 @@ class KVSection(Section):
     """What goes first below hbm: what costs least to compute again, or what was not used for longest."""
     retention: Kept = None
     """After the last use, for requests that do not say; 0: in memory only; None: until room is needed."""
+    pin_budget: PartOf = Share(fraction=0.5)
+    """Of the lowest tier, for pinned prompts."""
     store_completions: bool = True
     """Also store what was generated, not only prompts."""
     write_behind: Size = 256 * 2**20

@@ -178,6 +178,8 @@ class Figures:
                 capacity_bytes=usage.capacity_bytes,
                 oldest_s=usage.oldest_s,
                 newest_s=usage.newest_s,
+                pinned_blocks=usage.pinned_blocks,
+                pinned_bytes=usage.pinned_bytes,
             )
             for usage in self._tiers(await self._engine_stats())
         ]
@@ -224,6 +226,9 @@ def _tier_status(usage: TierUsage) -> TierStatus:
         tokens=usage.tokens,
         pending_blocks=usage.pending_blocks,
         pending_bytes=usage.pending_bytes,
+        pinned_blocks=usage.pinned_blocks,
+        pinned_bytes=usage.pinned_bytes,
+        pin_budget_bytes=usage.pin_budget_bytes,
         notes=list(usage.notes),
     )
 

@@ -237,6 +237,9 @@ class TierUsage:
     pending_bytes: int = 0
     state: str = "ok"
     """ok | degraded (failing, bypassed for now) | off"""
+    pinned_blocks: int = 0
+    pinned_bytes: int = 0
+    pin_budget_bytes: int = 0
     notes: tuple[str, ...] = field(default=())
     oldest_s: float | None = None
     """Seconds since the least recently used block was used; None if there is none."""

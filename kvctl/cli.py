@@ -25,6 +25,7 @@ from kvctl.commands import (
     init,
     inspect,
     model,
+    pin,
     prefetch,
     serve,
     simulate,
@@ -77,6 +78,8 @@ app.command()(inspect.inspect)
 app.command()(explain.explain)
 app.command()(prefetch.prefetch)
 app.command()(evict.evict)
+app.command()(pin.pin)
+app.command()(pin.unpin)
 app.command()(verify.verify)
 app.add_typer(trace.app, name="trace")
 app.command()(simulate.simulate)

@@ -159,6 +159,12 @@ class AdminClient(_Client):
             yield _parse(kind, _or_error(_json(line))) if line else None
             kind = TraceEvent
 
+    def pin(self, prompt: control.PromptRef) -> control.PinResult:
+        return _parse(control.PinResult, self._request("POST", "/v1/admin/pin", prompt.model_dump()))
+
+    def unpin(self, prompt: control.PromptRef) -> control.PinResult:
+        return _parse(control.PinResult, self._request("POST", "/v1/admin/unpin", prompt.model_dump()))
+
     def erase(self, prompt: control.PromptRef) -> control.EvictResult:
         return _parse(control.EvictResult, self._request("POST", "/v1/admin/erase", prompt.model_dump()))
 

@@ -11,6 +11,8 @@
   POST /v1/admin/evict      EvictRequest    EvictResult
   GET  /v1/admin/trace                      lines of api/trace.py, a header first; an empty line is a sign of life
   POST /v1/admin/erase      PromptRef       EvictResult
+  POST /v1/admin/pin        PromptRef       PinResult
+  POST /v1/admin/unpin      PromptRef       PinResult
   GET  /v1/admin/tenants                    TenantList
   POST /v1/admin/tenants    TenantAdd       TenantAdded
 
@@ -49,6 +51,10 @@ class TierStatus(Model):
     pending_blocks: int = 0
     """On their way to this tier: of nvme, the write-behind queue."""
     pending_bytes: int = 0
+    pinned_blocks: int = 0
+    pinned_bytes: int = 0
+    pin_budget_bytes: int = 0
+    """Of the lowest tier; 0 for others."""
     notes: list[str] = Field(default_factory=list)
 
 
@@ -234,6 +240,8 @@ class TierStore(Model):
     oldest_s: float | None = None
     """Seconds since the least recently used block was used."""
     newest_s: float | None = None
+    pinned_blocks: int = 0
+    pinned_bytes: int = 0
 
 
 class StoreOverview(Model):
@@ -342,6 +350,17 @@ class EvictRequest(Model):
 class EvictResult(Model):
     freed: int
     """Cells (hbm), or blocks (dram, and of an erased prompt)."""
+
+
+class PinResult(Model):
+    prompt_tokens: int
+    tokens: int
+    """Of the prompt, pinned now; 0 after unpin."""
+    blocks: int
+    """Pinned or, by unpin, released; those that other pinned prompts share stay."""
+    pinned_bytes: int
+    """Of all prompts."""
+    budget_bytes: int
 
 
 class TenantAdd(Model):

@@ -179,6 +179,15 @@ class KVStore(ABC):
         TierError if the medium refuses."""
 
     @abstractmethod
+    async def pin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
+        """Keep the stored prefix of a prompt, whoever needs room, until it is unpinned; returns the tokens that are pinned.
+        RequestError beyond the budget, TierError if the medium refuses: then nothing is."""
+
+    @abstractmethod
+    async def unpin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
+        """Returns the blocks that are not pinned any more: not those that another pinned prompt begins with."""
+
+    @abstractmethod
     def usage(self) -> list[TierUsage]:
         """dram, nvme and, when configured, remote."""
 

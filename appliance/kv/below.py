@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from appliance.errors import TierError, TierFull
 from appliance.kv.breaker import Breaker
@@ -24,6 +24,7 @@ from appliance.kv.retention import Retention
 from appliance.kv.room import Room
 from appliance.kv.siblings import strict_prefixes
 from appliance.kv.stamps import Stamps
+from appliance.kv.tasks import Tasks
 from appliance.kv.tiers.sealed import Plain, SealedTier
 from appliance.kv.transfer import Priority, TransferPool
 from appliance.types import BlockId, BlockLayout, TierUsage, Tokens
@@ -66,11 +67,11 @@ class Below:
         self._leaving: dict[BlockId, str | None] = {}
         """Whose they are."""
         self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
-        self._room = Room(sealed, recovered.policy, self.loads.reading, layout)
+        self._room = Room(sealed, recovered.policy, (self.loads.reading, retention.pinned()), layout)
         self._crowded = False
         """Somebody else fills the medium, and what was evicted last did not help: no more goes for them."""
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.tasks = Tasks()
         self.stores = Breaker(asyncio.get_running_loop().time)
 
     # --- finding ---------------------------------------------------------------------------------------------------
@@ -105,13 +106,20 @@ class Below:
         """How long these are kept has changed: it is written down with the next records."""
         self._stamps.changed((block for block in blocks if block in self.policy), self._now_us())
 
+    async def write_stamps(self, blocks: Sequence[BlockId]) -> None:
+        """Write down now how long these are kept. TierError if the index refuses."""
+        async with self._turn:
+            used = {block: self._stamps.get(block) or entry.used.us for block, entry in self.entries(blocks).items()}
+            changes = Changes(used=self._stamps.last_uses(used))
+            await asyncio.wrap_future(self._transfers.submit(Priority.STORE, lambda _: self.index.apply(changes)))
+
     # --- storing ---------------------------------------------------------------------------------------------------
 
     def quarantine(self, block: BlockId) -> None:
         """Offer it no more until it was computed and stored anew, which also makes its children found again."""
         self._counts["quarantined_total"] += 1
         self._leave([block])
-        self.spawn(self._drop_left([block]))
+        self.tasks.spawn(self._drop_left([block]))
 
     def expire(self, blocks: Sequence[BlockId]) -> None:
         """Their time is over: they are not found any more, and their bytes go in the background. What is being read stays."""
@@ -119,7 +127,7 @@ class Below:
         if going:
             self._count.evicted("expired", len(going))
             self._leave(going)
-            self.spawn(self._drop_left(going))
+            self.tasks.spawn(self._drop_left(going))
 
     async def _drop_left(self, blocks: Sequence[BlockId]) -> None:
         async with self._turn:
@@ -239,13 +247,6 @@ class Below:
 
     # --- the rest --------------------------------------------------------------------------------------------------
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that settle() waits for."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     def usage(self, pending_blocks: int) -> TierUsage:
         medium = self.sealed.tier.usage()
         now_us = self._now_us()
@@ -268,11 +269,6 @@ class Below:
         stamped = self._stamps.get(block)
         entry = self.entries([block]).get(block) if stamped is None else None
         return stamped if entry is None else entry.used.us
-
-    async def settle(self) -> None:
-        """Until nothing that was spawned runs any more."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def close(self) -> None:
         """Write down when blocks were last used, and let go of index and medium. Nothing may be using them."""

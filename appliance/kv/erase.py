@@ -1,11 +1,11 @@
 """Forgets blocks in DRAM and below because somebody asked, and not to make room.
 
-Invariant: what a request holds or a load reads stays. Threading: event loop only.
+Invariant: what a request holds, a load reads or an operator pinned stays. Threading: event loop only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from appliance.kv.below import Below
 from appliance.kv.siblings import longest_common
@@ -29,8 +29,9 @@ def _is_durable(entry: Entry, below: Below | None, divisible: bool) -> bool:
     return divisible and nearest is not None and nearest[0] == len(entry.tokens)
 
 
-async def erase(dram: DramTable, below: Below | None, blocks: Sequence[BlockId]) -> int:
+async def erase(dram: DramTable, below: Below | None, blocks: Sequence[BlockId], pinned: Container[BlockId]) -> int:
     """Returns the blocks that no tier holds any more. TierError if the index refuses."""
+    blocks = [block for block in blocks if block not in pinned]
     held = [block for block in blocks if (entry := dram.get(block)) is not None and not dram.evictable(entry)]
     going = [block for block in blocks if block not in held]
     for block in going:

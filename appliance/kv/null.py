@@ -73,6 +73,12 @@ class NullStore(KVStore):
     async def erase(self, ns: Namespace, tokens: Tokens) -> int:
         return 0
 
+    async def pin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
+        return 0
+
+    async def unpin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
+        return 0
+
     def usage(self) -> list[TierUsage]:
         dram = TierUsage(Tier.DRAM, 0, 0, 0, 0, state="off", notes=(self._why,))
         return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off")]

@@ -152,6 +152,7 @@ async def open_store(
         policy=_policy(kv, token_s),
         write_behind_bytes=kv.write_behind,
         read_bytes=buffer_bytes,
+        pin_budget_bytes=kv.pin_budget.of(nvme.capacity if recovered else pool.capacity_bytes),
         retention=Retention(kv.retention, clock, recovered.kept if recovered else None),
         clock=clock,
         notes=notes,

@@ -19,7 +19,7 @@ from appliance.kv.check import remove, renew
 from appliance.kv.fair import FairShare
 from appliance.kv.index import FILE_NAME, Changes, Index, IndexEntry, LastUse
 from appliance.kv.policy import Standing
-from appliance.kv.retention import FOR_EVER
+from appliance.kv.retention import FOR_EVER, PINNED
 from appliance.kv.runs import Runs
 from appliance.kv.tiers.base import ALIGN_BYTES, Extent, SegmentInfo
 from appliance.kv.tiers.files import tier_error
@@ -130,7 +130,7 @@ def recover(
         for number in segments:
             sealed.tier.settle(number, census.extents(number))
         census.fill(policy)
-        evicted = _fit(sealed, index, policy)
+        evicted = _fit(sealed, index, policy, census.kept)
     except BaseException:
         index.close()
         raise
@@ -157,7 +157,7 @@ class _Census:
         self.tokens += entry.n_tokens
         self.newest_us = max(self.newest_us, entry.used.us)
         used_us, *standing, until_us = entry.used
-        if until_us < FOR_EVER:
+        if until_us != FOR_EVER:
             self.kept[block] = until_us
         extent = entry.extent
         owner = self._owners[extent.segment]
@@ -270,12 +270,12 @@ def _opens(sealed: SealedTier, extent: Extent, scratch: Scratch) -> bool:
     return True
 
 
-def _fit(sealed: SealedTier, index: Index, policy: FairShare[BlockId]) -> list[IndexEntry]:
-    """Evict until the tier is within a capacity that may be smaller than before."""
+def _fit(sealed: SealedTier, index: Index, policy: FairShare[BlockId], kept: dict[BlockId, int]) -> list[IndexEntry]:
+    """Evict until the tier is within a capacity that may be smaller than before; what is pinned goes last."""
     evicted: list[IndexEntry] = []
     while excess := sealed.tier.shortfall(b"", ()):
         victims: dict[BlockId, IndexEntry] = {}
-        for block in policy.oldest_first():
+        for block in _in_order(policy, kept):
             if excess <= 0:
                 break
             victims.update(found := index.get_many([block]))
@@ -288,3 +288,8 @@ def _fit(sealed: SealedTier, index: Index, policy: FairShare[BlockId]) -> list[I
             policy.remove(block)
         evicted += victims.values()
     return evicted
+
+
+def _in_order(policy: FairShare[BlockId], kept: dict[BlockId, int]) -> Iterator[BlockId]:
+    for pinned in (False, True):
+        yield from (block for block in policy.oldest_first() if (kept.get(block) == PINNED) is pinned)

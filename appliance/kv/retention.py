@@ -6,13 +6,15 @@ those that end take memory. Threading: event loop only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from heapq import heapify, heappop, heappush
 
 from appliance.types import BlockId
 
 FOR_EVER = 2**63
 """In place of a moment, which is in microseconds since 1970: until room is needed."""
+PINNED = 2**64 - 1
+"""Until it is unpinned, whoever needs room."""
 _PRUNED_FROM = 4096
 
 
@@ -24,6 +26,7 @@ class Retention:
         self._default_s = default_s
         self._clock = clock
         self._until = dict(kept or {})
+        self._pinned = {block for block, until in self._until.items() if until == PINNED}
         self._queue = [(until, block) for block, until in self._until.items()]
         heapify(self._queue)
         self._over: set[BlockId] = set()
@@ -51,7 +54,9 @@ class Retention:
         return until is not None and until <= self._clock() * 1e6
 
     def begin(self, block: BlockId, until: int) -> None:
-        """It is stored anew: earlier wishes do not count."""
+        """It is stored anew: earlier wishes do not count, but for a pin."""
+        if block in self._pinned:
+            return
         self.forget(block)
         if until < FOR_EVER:
             self._until[block] = until
@@ -68,8 +73,21 @@ class Retention:
             self.forget(block)
         return True
 
+    def pinned(self) -> Set[BlockId]:
+        return self._pinned
+
+    def set(self, moments: Mapping[BlockId, int]) -> None:
+        """Whatever was wished before."""
+        for block, until in moments.items():
+            self._pinned.discard(block)
+            self.begin(block, until)
+            if until == PINNED:
+                self._until[block] = until
+                self._pinned.add(block)
+
     def forget(self, block: BlockId) -> None:
         self._until.pop(block, None)
+        self._pinned.discard(block)
         self._over.discard(block)
 
     def over(self) -> list[BlockId]:
@@ -92,6 +110,7 @@ class Retention:
         if len(self._until) < self._pruned_at and len(self._queue) < 2 * self._pruned_at:
             return
         self._until = {block: until for block, until in self._until.items() if held(block)}
+        self._pinned.intersection_update(self._until)
         self._queue = [(until, block) for block, until in self._until.items()]
         heapify(self._queue)
         self._pruned_at = max(_PRUNED_FROM, 2 * len(self._until))

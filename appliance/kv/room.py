@@ -1,6 +1,6 @@
 """Which blocks of a tier go so that new ones fit.
 
-Invariant: none of them is being read. Nothing here changes anything but the age of the eviction policy. Threading: event
+Invariant: none of them is being read, or pinned. Nothing here changes anything but the age of the eviction policy. Threading: event
 loop only.
 """
 
@@ -11,17 +11,22 @@ from collections.abc import Container, Sequence
 from appliance.errors import TierFull
 from appliance.kv.fair import FairShare
 from appliance.kv.record import record_bytes
+from appliance.kv.tiers.dram import Either
 from appliance.kv.tiers.sealed import SealedTier
 from appliance.types import BlockId, BlockLayout
 
 
 class Room:
     def __init__(
-        self, sealed: SealedTier, policy: FairShare[BlockId], reading: Container[BlockId], layout: BlockLayout
+        self,
+        sealed: SealedTier,
+        policy: FairShare[BlockId],
+        protected: tuple[Container[BlockId], Container[BlockId]],
+        layout: BlockLayout,
     ) -> None:
         self._sealed = sealed
         self._policy = policy
-        self._protected = reading
+        self._protected = Either(*protected)
         self._block_bytes = record_bytes(layout, layout.block_tokens)
 
     def victims(self, tenant: str, lengths: Sequence[int]) -> list[BlockId]:

@@ -148,7 +148,7 @@ class Stage:
         if run.hits:
             assert self._below is not None
             loading = self._below.loads.load([self._plain(entry) for entry in run.entries], extents)
-            run.load = self._below.spawn(self._finish(run, loading))
+            run.load = self._below.tasks.spawn(self._finish(run, loading))
         return run
 
     async def _finish(self, run: _Run, loading: Awaitable[Loaded]) -> Loaded:

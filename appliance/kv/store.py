@@ -7,6 +7,7 @@ so a lookup sees one moment. Bytes move on the transfer pool's threads. Threadin
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from appliance.kv.expire import Expiry
 from appliance.kv.fair import FairShare
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
+from appliance.kv.pins import Pins
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
 from appliance.kv.retention import Retention
@@ -34,7 +36,7 @@ from appliance.kv.write_behind import WriteBehind
 from appliance.security.keyring import Keyring
 from appliance.types import BlockId, BlockLayout, Fingerprint, Namespace, Tier, TierUsage, Tokens
 
-ERASE_WAIT_S = 30.0
+UPKEEP_WAIT_S = 30.0
 COUNTED = (
     "quarantined_total",
     'load_bytes_total{tier="dram"}',
@@ -60,6 +62,7 @@ class TieredStore(KVStore):
         policy: FairShare[BlockId],
         write_behind_bytes: int,
         read_bytes: int,
+        pin_budget_bytes: int,
         retention: Retention,
         clock: Callable[[], float],
         notes: Sequence[str] = (),
@@ -89,6 +92,7 @@ class TieredStore(KVStore):
         self._finder = Finder(keyring, fingerprint, layout, self._dram, self._below, retention)
         expiry = Expiry(retention, self._dram, self._below)
         self._expiring = asyncio.ensure_future(expiry.run())
+        self._pins = Pins(retention, self._dram, self._below, shape.slot_bytes, pin_budget_bytes)
         self._storing = Storing(
             self._dram,
             self._below,
@@ -185,16 +189,30 @@ class TieredStore(KVStore):
         return free(self._dram, self._below, divisible=self._layout.divisible)
 
     async def erase(self, ns: Namespace, tokens: Tokens) -> int:
-        await self.flush(ERASE_WAIT_S)  # what is being written cannot go
+        await self.flush(UPKEEP_WAIT_S)  # what is being written cannot go
         hits = self.lookup(ns, tokens).hits
-        return await erase(self._dram, self._below, [hit.block for hit in hits if hit.use_tokens == hit.n_tokens])
+        whole = [hit.block for hit in hits if hit.use_tokens == hit.n_tokens]
+        return await erase(self._dram, self._below, whole, self._retention.pinned())
+
+    async def pin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
+        self._storing.keep(ns, tokens, math.inf)
+        await self.flush(UPKEEP_WAIT_S)  # what is pinned is durable
+        return await self._pins.pin(self.lookup(ns, tokens).hits, tokens)
+
+    async def unpin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
+        return await self._pins.unpin(self.lookup(ns, tokens).hits, tokens)
 
     def usage(self) -> list[TierUsage]:
         dram = self._dram.usage(self._now_us())
         if self._below is None or self._writer is None:
-            return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off", notes=self._notes)]
+            return [self._with_pins(dram), TierUsage(Tier.NVME, 0, 0, 0, 0, state="off", notes=self._notes)]
         nvme = self._below.usage(self._writer.pending_blocks)
-        return [dram, replace(nvme, pending_bytes=self._writer.dirty_bytes, notes=(*nvme.notes, *self._notes))]
+        nvme = replace(nvme, pending_bytes=self._writer.dirty_bytes, notes=(*nvme.notes, *self._notes))
+        return [dram, self._with_pins(nvme)]
+
+    def _with_pins(self, lowest: TierUsage) -> TierUsage:
+        pins = self._pins
+        return replace(lowest, pinned_blocks=pins.blocks, pinned_bytes=pins.nbytes, pin_budget_bytes=pins.budget_bytes)
 
     def counters(self) -> Mapping[str, float]:
         return dict(self._counts)
@@ -211,7 +229,7 @@ class TieredStore(KVStore):
 
         steps = verify(below.sealed, below.index, drop=drop if repair else None)
         while not self._closing:
-            step = await asyncio.shield(below.spawn(asyncio.to_thread(next, steps, None)))
+            step = await asyncio.shield(below.tasks.spawn(asyncio.to_thread(next, steps, None)))
             if step is None:
                 return
             yield step
@@ -230,7 +248,7 @@ class TieredStore(KVStore):
         if self._writer is not None:
             await self._writer.close()
         if self._below is not None:
-            await self._below.settle()
+            await self._below.tasks.settle()
         await asyncio.to_thread(self._transfers.close)
         if self._below is not None:
             await self._below.close()

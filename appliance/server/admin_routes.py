@@ -74,6 +74,14 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     async def erase(request: Request) -> Response:
         return _json(await admin.erase(_normalised(await read_request(request, PromptRef, max_body_bytes))))
 
+    @routes.post("/pin")
+    async def pin(request: Request) -> Response:
+        return _json(await admin.pin(_normalised(await read_request(request, PromptRef, max_body_bytes))))
+
+    @routes.post("/unpin")
+    async def unpin(request: Request) -> Response:
+        return _json(await admin.unpin(_normalised(await read_request(request, PromptRef, max_body_bytes))))
+
     @routes.get("/tenants")
     async def tenants() -> Response:
         return _json(await admin.tenants())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from appliance.api.control import (
     EvictRequest,
     EvictResult,
+    PinResult,
     PrefetchProgress,
     PrefetchRequest,
     PromptInspection,
@@ -109,6 +110,12 @@ class Admin(ABC):
 
     @abstractmethod
     async def erase(self, prompt: PromptRef) -> EvictResult: ...
+
+    @abstractmethod
+    async def pin(self, prompt: PromptRef) -> PinResult: ...
+
+    @abstractmethod
+    async def unpin(self, prompt: PromptRef) -> PinResult: ...
 
     @abstractmethod
     async def tenants(self) -> TenantList: ...

@@ -113,6 +113,10 @@ def _print_store(store: StoreOverview) -> None:
             ),
         )
     )
+    for tier in store.tiers:
+        if tier.pinned_blocks:
+            pinned = f"{output.count(tier.pinned_blocks)} blocks, {output.size(tier.pinned_bytes)}"
+            console.print(f"\npinned in {tier.tier}: {pinned}")
     for note in output.notes(store.notes):
         console.print(note)
 

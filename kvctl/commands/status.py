@@ -77,6 +77,11 @@ def _parts(status: Status) -> Iterator[RenderableType]:
         for (tier, n), rate in zip(totals.loaded_bytes.items(), totals.load_bytes_per_s.values(), strict=True)
         if n
     ]
+    pinned = ", ".join(
+        f"{tier.tier} {output.count(tier.pinned_blocks)} blocks, {output.size(tier.pinned_bytes)} of {output.size(tier.pin_budget_bytes)}"
+        for tier in status.tiers
+        if tier.pinned_blocks
+    )
     yield output.fields(
         [
             (
@@ -110,6 +115,7 @@ def _parts(status: Status) -> Iterator[RenderableType]:
             ),
             *([("restored", ", ".join(restored))] if restored else []),
             *([("prefetched", prefetched)] if ahead.moved else []),
+            *([("pinned", pinned)] if pinned else []),
             *([("pressure", ", ".join(pressure))] if pressure else []),
             *([("failures", f"[red]{', '.join(failures)}[/]")] if failures else []),
         ]

@@ -350,3 +350,15 @@ def test_evict_forgets_a_prompt_or_empties_a_tier(kvctl: Kvctl, appliance: FakeA
     assert kvctl("evict", "--tier", "dram", "--json").json == {"freed": 1234}
     for wrong in ((), ("--tier", "dram", "--prompt-file", str(prompt))):
         assert kvctl("evict", *wrong).code == ExitCode.USAGE
+
+
+def test_pins_say_what_they_take(kvctl: Kvctl, appliance: FakeAppliance, prompt: Path) -> None:
+    done = {"prompt_tokens": 3115, "tokens": 3114, "blocks": 13, "pinned_bytes": 2**20, "budget_bytes": 2**30}
+    for path in ("pin", "unpin"):
+        appliance.replies[f"POST /v1/admin/{path}"] = (200, done)
+    asked = ("--prompt-file", str(prompt), "--tenant", "bob")
+    assert kvctl("pin", *asked).out == "3,114 of 3,115 tokens pinned; all pins take 1 MiB of 1 GiB\n"
+    assert control.PromptRef.model_validate(appliance.body_of("POST /v1/admin/pin")).tenant == "bob"
+    assert kvctl("unpin", *asked).out.startswith("13 blocks unpinned")
+    assert kvctl("pin", *asked, "--json").json == done
+    assert kvctl("pin").code == ExitCode.USAGE

@@ -62,10 +62,10 @@ async def test_an_error_at_once_is_a_status(client: httpx.AsyncClient, admin: Fa
 async def test_messages_are_normalised_as_a_tenants_would_be(client: httpx.AsyncClient, admin: FakeAdmin) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts, "name": "n"}]
-    for path in ("/inspect", "/prefetch", "/erase"):
+    for path in ("/inspect", "/prefetch", "/erase", "/pin", "/unpin"):
         assert (await client.post(path, json={"messages": messages, "tenant": "bob"})).status_code == 200
     expected = [{"role": "system", "content": "x"}, {"role": "user", "content": "ab"}]
-    assert [(ref.tenant, ref.messages) for ref in admin.prompts] == [("bob", expected)] * 3
+    assert [(ref.tenant, ref.messages) for ref in admin.prompts] == [("bob", expected)] * 5
 
 
 @pytest.mark.parametrize(

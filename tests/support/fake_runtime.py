@@ -14,6 +14,7 @@ from appliance.api.control import (
     EvictRequest,
     EvictResult,
     Loading,
+    PinResult,
     PrefetchProgress,
     PrefetchRequest,
     PromptInspection,
@@ -307,6 +308,14 @@ class FakeAdmin(Admin):
     async def erase(self, prompt: PromptRef) -> EvictResult:
         self.prompts.append(prompt)
         return EvictResult(freed=3)
+
+    async def pin(self, prompt: PromptRef) -> PinResult:
+        self.prompts.append(prompt)
+        return PinResult(prompt_tokens=3, tokens=2, blocks=1, pinned_bytes=8, budget_bytes=64)
+
+    async def unpin(self, prompt: PromptRef) -> PinResult:
+        self.prompts.append(prompt)
+        return PinResult(prompt_tokens=3, tokens=0, blocks=1, pinned_bytes=0, budget_bytes=64)
 
     async def evict(self, request: EvictRequest) -> EvictResult:
         return EvictResult(freed=7)

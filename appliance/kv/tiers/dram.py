@@ -136,10 +136,12 @@ class Entry:
     durable: bool = True
     """To be written below, or there already; False: it was asked to stay in memory only."""
     pins: int = 0
+    kept: bool = False
+    """Pinned by an operator, where no tier below holds it."""
 
 
 @dataclass(frozen=True)
-class _Either:
+class Either:
     """What is in one of two containers."""
 
     first: Container[BlockId]
@@ -161,7 +163,7 @@ class DramTable:
         self._last_tenant: list[str | None] = [None] * shape.slots
         self._entries: dict[BlockId, Entry] = {}
         self._children: dict[BlockId, dict[BlockId, Entry]] = {}
-        self._held: set[BlockId] = set()  # pinned, or not CLEAN: what eviction must pass over
+        self._held: set[BlockId] = set()  # pinned, kept, or not CLEAN: what eviction must pass over
         self._waiters: list[asyncio.Future[None]] = []
         self._pinned = 0
         self._pin_limit = shape.slots - max(1, shape.slots // 4)
@@ -214,7 +216,7 @@ class DramTable:
         """A slot for a block the pool does not hold; evicts one if none is free. The caller saw has_room(sparing)."""
         assert block not in self._entries
         if not self._free:
-            protected = _Either(self._held, sparing) if sparing else self._held
+            protected = Either(self._held, sparing) if sparing else self._held
             (victim,) = self.policy.evict(1, protected, ns.tenant)
             self.evict(self._entries[victim], "capacity")
         slot = self._free.pop()
@@ -239,6 +241,11 @@ class DramTable:
         entry.pins += 1
         self._pinned += entry.pins == 1
         self._held.add(entry.block)
+
+    def keep(self, entry: Entry, *, kept: bool) -> None:
+        """Whether eviction passes it over."""
+        entry.kept = kept
+        self._hold(entry)
 
     def unpin(self, entry: Entry) -> None:
         assert entry.pins > 0
@@ -288,7 +295,7 @@ class DramTable:
         return entry.block not in self._held
 
     def _hold(self, entry: Entry) -> None:
-        if entry.pins or entry.state is not SlotState.CLEAN:
+        if entry.pins or entry.kept or entry.state is not SlotState.CLEAN:
             self._held.add(entry.block)
         else:
             self._held.discard(entry.block)
