@@ -24,9 +24,9 @@ def pin(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Keep what is stored of a prompt until it is unpinned, over restarts too.
+    """Keep a prompt, whoever needs room.
 
-    Pins hold in the lowest tier, within kv.pin_budget; `kvctl prefetch --compute` reads what no tier has.
+    What is stored of it stays until it is unpinned, over restarts too. Pins hold in the lowest tier, within kv.pin_budget; `kvctl prefetch --compute` reads what no tier has.
     """
     from kvctl.client import AdminClient
 
