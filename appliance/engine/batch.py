@@ -134,6 +134,8 @@ def _prefill_row(request: Request, budget: int, checkpoint_tokens: int) -> Row:
     start, last = request.sequence.length, len(request.prompt) - 1
     # The last token is a row of its own, so that a prompt computed and the same prompt restored give equal logits.
     end = _prompt_end(request)
+    if request.aside:
+        end = min(end, request.aside.start)
     if checkpoint_tokens:  # its state is kept there
         budget = min(budget, checkpoint_tokens - start % checkpoint_tokens)
     stop = min(start + budget, last, end) if start < last else end

@@ -230,6 +230,21 @@ def test_the_front_is_computed_while_the_back_is_put_aside(split: int) -> None:
     assert computed(bench, "r") == split * BLOCK + 1, "the front and the last token"
 
 
+def test_what_is_aside_is_not_computed_as_well() -> None:
+    bench = Bench(context_tokens=6 * BLOCK, batch_tokens=64)
+    tokens = prompt(6 * BLOCK - 1)
+    blocks = bench.stored(tokens)
+    bench.begin("r", tokens, 1)
+    bench.scheduler.prefill("r", BLOCK)
+    back = bench.scheduler.restore("r", 2 * BLOCK, blocks[2:])
+    bench.settle()
+    back.result(timeout=0)
+    bench.run("r", 1)
+    bench.settle()
+    assert bench.tokens("r") == reference(tokens, 1)
+    assert computed(bench, "r") == 2 * BLOCK + 1
+
+
 def test_blocks_that_come_after_the_front_was_computed_continue_it() -> None:
     bench = Bench(batch_tokens=64)
     tokens = prompt(6 * BLOCK)
