@@ -138,7 +138,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage(error: typer.TyperException) -> int:
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "").replace("Input should", "should")
     context = getattr(error, "ctx", None)
     if message.startswith("Usage: "):  # nothing was typed after a group: this is its help
         typer.echo(message, err=True)

@@ -133,7 +133,7 @@ class AdminClient(_Client):
 
     def requests(self, call_id: str | None = None) -> control.RequestList:
         """The last ones, or those of one API call. RequestError for one that is not known any more."""
-        path = "/v1/admin/requests" + (f"/{quote(call_id, safe='')}" if call_id else "")
+        path = "/v1/admin/requests" + (f"/{quote(call_id, safe='')}" if call_id is not None else "")
         return _parse(control.RequestList, self._request("GET", path))
 
     def sessions(self) -> control.SessionList:

@@ -41,7 +41,7 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     async def requests() -> Response:
         return _json(await admin.requests(None))
 
-    @routes.get("/requests/{call_id}")
+    @routes.get("/requests/{call_id:path}")
     async def of_call(call_id: str) -> Response:
         return _json(await admin.requests(call_id))
 

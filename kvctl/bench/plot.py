@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import KvctlError
+from appliance.errors import KvctlError, UsageError
 
 # Okabe-Ito colours, told apart by hatching too
 STYLES = {
@@ -18,6 +18,17 @@ STYLES = {
 
 COLOURS = ("#009E73", "#E69F00", "#999999")
 """Of an appliance with tiers, with hbm only, and without reuse."""
+
+
+def check(path: Path) -> None:
+    """KvctlError, or UsageError, if nothing could be drawn there: said before a measurement of an hour, not after it."""
+    _pyplot()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such folder for the plot")
+    if path.suffix.lstrip(".") not in FigureCanvasBase.filetypes:
+        raise UsageError(f"{path}: a plot cannot be written in this format; name it like plot.png or plot.svg")
 
 
 def save(path: Path, title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:

@@ -56,6 +56,7 @@ def ttft(
 
     where = locate(ctx, home)
     lengths = _lengths(contexts)
+    _check_plot(plot)
     with output.steps() as say:
         path = _model(where, model, say)
         options = bench.Options(
@@ -114,7 +115,8 @@ def sessions(
     from kvctl.bench.workload import Workload
 
     where = locate(ctx, home)
-    bounds = _lengths(documents, "--documents")
+    bounds = _lengths(documents, "--documents", "2048,6144", most=2)
+    _check_plot(plot)
     try:
         think_s = parse_time(think)
     except ValueError as error:
@@ -181,13 +183,23 @@ def _print_sessions(report: SessionsReport) -> None:
     )
 
 
-def _lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
+def _check_plot(plot: Path | None) -> None:
+    from kvctl.bench.plot import check
+
+    if plot:
+        check(plot)
+
+
+def _lengths(
+    text: str, option: str = "--contexts", example: str = "2048,8192", most: int | None = None
+) -> tuple[int, ...]:
     try:
         lengths = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         lengths = ()
-    if not lengths or lengths[0] < 16:
-        raise UsageError(f'{option} "{text}": write token counts of at least 16, e.g. {option} 2048,8192')
+    if not lengths or lengths[0] < 16 or (most is not None and len(lengths) > most):
+        counts = "token counts" if most is None else f"{most} token counts"
+        raise UsageError(f'{option} "{text}": write {counts} of at least 16, e.g. {option} {example}')
     return lengths
 
 

@@ -12,6 +12,8 @@ from kvctl.options import Home, Json, locate
 if TYPE_CHECKING:
     from appliance.api.control import RequestList, RequestRecord
 
+WIDE = 104
+"""Columns of a terminal that has room for estimates beside whole ids."""
 REASONS = {
     "resident": "the prompt was in the engine's cells already",
     "nothing-stored": "no tier had more of the prompt",
@@ -33,7 +35,8 @@ WAYS = {
 def explain(
     ctx: typer.Context,
     request: Annotated[
-        str | None, typer.Argument(help="The id of an answer, as chatcmpl-...; without it, the last requests.")
+        str | None,
+        typer.Argument(help="The id of an answer: chatcmpl-..., msg_..., resp_...; without it, the last requests."),
     ] = None,
     home: Home = None,
     as_json: Json = False,
@@ -56,30 +59,33 @@ def _print_list(found: RequestList) -> None:
     if not found.requests:
         output.stderr().print("No request has ended yet.", style="dim")
         return
-    output.stdout().print(
-        output.table(
-            ["request", "decision", ">prompt", ">cached", ">estimated", ">took", ">TTFT"],
+    console = output.stdout()
+    columns = ["request", "decision", ">prompt", ">cached", ">TTFT", ">took", ">estimated"]
+    shown = len(columns) if console.width >= WIDE else columns.index(">TTFT") + 1
+    grid = output.table(
+        columns[:shown],
+        (
             (
-                (
-                    output.plain(record.request),
-                    record.decision,
-                    output.count(record.prompt_tokens),
-                    output.count(record.prompt_tokens - record.tokens["computed"]),
-                    output.duration(record.alternatives[record.decision].total_s),
-                    output.duration(record.prompt_s),
-                    output.duration(record.ttft_s),
-                )
-                for record in found.requests
-            ),
-        )
+                output.plain(record.request),
+                record.decision,
+                output.count(record.prompt_tokens),
+                output.count(record.prompt_tokens - record.tokens["computed"]),
+                output.duration(record.ttft_s),
+                output.duration(record.prompt_s),
+                output.duration(record.alternatives[record.decision].total_s),
+            )[:shown]
+            for record in found.requests
+        ),
     )
+    grid.columns[0].no_wrap = True  # to be copied
+    console.print(grid)
 
 
 def _print(record: RequestRecord) -> None:
     console = output.stdout()
-    console.print(f"{output.plain(record.request)}: {REASONS[record.decision]}")
+    console.print(f"{output.plain(record.request)}: {REASONS[record.decision]}", soft_wrap=True)
     for sentence in sentences(record):
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
     console.print()
     console.print(
         output.table(
@@ -111,7 +117,8 @@ def sentences(record: RequestRecord) -> list[str]:
         seconds = f"{duration(record.load_s)} (est. {duration(way.load_s)})"
         lines.append(f"{', '.join(loaded)} of {total} tokens came in {seconds}, {output.size(record.loaded_bytes)}.")
     computed = f"{duration(record.compute_s)} (est. {duration(way.compute_s)})"
-    lines.append(f"{count(record.tokens['computed'])} tokens were computed in {computed}.")
+    n_computed = record.tokens["computed"]
+    lines.append(f"{count(n_computed)} {'token was' if n_computed == 1 else 'tokens were'} computed in {computed}.")
     if loaded:
         lines.append(f"Recomputing would have cost {duration(record.recompute_s)}.")
     waits = [

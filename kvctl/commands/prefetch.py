@@ -69,7 +69,7 @@ def prefetch(
 
     files, chats = prompt_file or [], messages or []
     if [session is not None, bool(files or chats), folder is not None].count(True) != 1:
-        raise UsageError("name what to bring up: --session ID, --messages FILE, --prompt-file FILE or --dir DIR")
+        raise UsageError("name one thing to bring up: --session ID, --messages FILE, --prompt-file FILE or --dir DIR")
     if folder is None and (system is not None or raw or glob != "*"):
         raise UsageError("--glob, --system and --raw go with --dir")
     if raw and system is not None:

@@ -41,13 +41,13 @@ def record(
     with output.steps() as say, AdminClient(locate(ctx, home)) as admin, file.open("w", encoding="utf-8") as out:
         try:
             for line in admin.trace():
-                if until_s is not None and time.monotonic() >= until_s:
-                    break
                 if line is not None:
                     out.write(line.model_dump_json() + "\n")
                     out.flush()
                     written += 1
                     say(f"{max(0, written - 1):,} requests recorded; Ctrl-C ends it")
+                if until_s is not None and time.monotonic() >= until_s:
+                    break
         except KeyboardInterrupt:
             pass
     if as_json:

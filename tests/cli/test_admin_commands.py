@@ -10,6 +10,7 @@ import pytest
 
 from appliance.api import control
 from kvctl.client import AdminClient
+from kvctl.commands import explain
 from kvctl.diagnostics import ExitCode
 from tests.cli import canned
 from tests.cli.conftest import Kvctl
@@ -94,7 +95,32 @@ def test_explain_says_in_words_what_a_request_did(kvctl: Kvctl, appliance: FakeA
 def test_explain_lists_the_last_requests(kvctl: Kvctl, appliance: FakeAppliance) -> None:
     appliance.replies["GET /v1/admin/requests"] = (200, canned.EXPLAINED.model_dump())
     row = kvctl("explain").out.splitlines()[-1].split()
-    assert row == ["chatcmpl-6f-0", "load", "8,410", "8,192", "1.5", "s", "1.3", "s", "1.5", "s"]
+    assert row == ["chatcmpl-6f-0", "load", "8,410", "8,192", "1.5", "s"]
+
+
+def test_explain_keeps_an_id_in_one_piece(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    name = f"chatcmpl-{'0' * 24}-10"
+    (record,) = canned.EXPLAINED.requests
+    listed = control.RequestList(requests=[record.model_copy(update={"request": name})])
+    appliance.replies["GET /v1/admin/requests"] = (200, listed.model_dump())
+    header, row = kvctl("explain").out.splitlines()
+    assert row.split() == [name, "load", "8,410", "8,192", "1.5", "s"]
+    assert header.split()[-1] == "TTFT"
+
+
+def test_explain_lists_estimates_too_where_there_is_room(
+    kvctl: Kvctl, appliance: FakeAppliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "WIDE", 80)
+    appliance.replies["GET /v1/admin/requests"] = (200, canned.EXPLAINED.model_dump())
+    header, row = kvctl("explain").out.splitlines()
+    assert header.split()[-2:] == ["took", "estimated"]
+    assert row.split()[-4:] == ["1.3", "s", "1.5", "s"]
+
+
+def test_an_empty_id_is_not_all_of_them(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    appliance.replies["GET /v1/admin/requests/"] = (404, {"error": {"message": "this id is not among them"}})
+    assert kvctl("explain", "").complaint == "this id is not among them"
 
 
 def test_a_request_nobody_knows_is_one_line(kvctl: Kvctl, appliance: FakeAppliance) -> None:

@@ -71,6 +71,12 @@ def test_a_typo_gets_the_nearest_word(kvctl: Kvctl, typed: list[str], hint: str)
     [
         (["tenant", "add"], "Missing argument 'NAME' (see kvctl tenant add --help)"),
         (["serve", "--port", "http"], "Invalid value for '--port': "),
+        (["prefetch", "--to", "nvme"], "Invalid value for '--to': 'nvme' is not one of 'dram', 'hbm'"),
+        (["prefetch", "--session", "s", "--dir", "d"], "name one thing to bring up: "),
+        (["bench", "sessions", "--turns", "1"], "Invalid value for '--turns': should be greater"),
+        (["bench", "sessions", "--documents", "64,128,256"], '--documents "64,128,256": write 2 token counts'),
+        (["bench", "ttft", "--plot", "/nowhere/x.png"], "/nowhere: no such folder for the plot"),
+        (["bench", "sessions", "--plot", "x.word"], "x.word: a plot cannot be written in this format"),
         (["init", "--profile", "laptop"], 'no profile or file "laptop"; did you mean "laptop-cpu"?'),
     ],
 )

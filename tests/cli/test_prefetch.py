@@ -229,8 +229,8 @@ def test_a_failure_that_is_not_a_files_stops_it(kvctl: Kvctl, appliance: FakeApp
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        ([], "name what to bring up: --session ID, --messages FILE, --prompt-file FILE or --dir DIR"),
-        (["--session", "a", "--dir", "."], "name what to bring up: "),
+        ([], "name one thing to bring up: --session ID, --messages FILE, --prompt-file FILE or --dir DIR"),
+        (["--session", "a", "--dir", "."], "name one thing to bring up: "),
         (["--session", "a", "--glob", "*.md"], "--glob, --system and --raw go with --dir"),
         (["--session", "a", "--raw"], "--glob, --system and --raw go with --dir"),
         (["--dir", ".", "--raw", "--system", "x"], "--raw prompts have no system message; leave --system or --raw out"),

@@ -35,6 +35,12 @@ async def test_plain_answers(client: httpx.AsyncClient) -> None:
     assert (await client.post("/tenants", json={"name": "carol"})).json() == {"tenant": "carol", "api_key": "kvctl-new"}
 
 
+@pytest.mark.parametrize("call_id", ["x", "x%2Fy", ""])
+async def test_an_id_that_is_none_is_one_that_is_not_known(client: httpx.AsyncClient, call_id: str) -> None:
+    response = await client.get(f"/requests/{call_id}")
+    assert (response.status_code, response.json()["error"]["message"]) == (404, "no such request")
+
+
 async def test_prefetch_streams_lines(client: httpx.AsyncClient) -> None:
     response = await client.post("/prefetch", json={"prompt": "abc"})
     assert response.headers["content-type"] == "application/x-ndjson"
