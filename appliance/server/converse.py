@@ -147,7 +147,7 @@ class _Answering:
         async with aclosing(self._found()) as events:
             async for event in events:
                 found.add(event)
-        return self.writer.whole(found, self._tally, self._extras())
+        return self.writer.whole(found, self._tally, self._tally.extras(explain=self._explain))
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         begun = False
@@ -159,7 +159,7 @@ class _Answering:
                     parts += self.writer.found(found)
                 if parts:
                     yield b"".join(parts)
-        yield b"".join(self.writer.ending(self._tally, self._extras()))
+        yield b"".join(self.writer.ending(self._tally, self._tally.extras(explain=self._explain)))
 
     async def _found(self) -> AsyncGenerator[list[CallEvent], None]:
         """What each piece of the answer brings to light, be it nothing."""
@@ -173,12 +173,6 @@ class _Answering:
                     yield parser.feed(happened.text)
                 else:
                     yield [Said(happened.text)] if happened.text else []
-
-    def _extras(self) -> dict[str, Any]:
-        extras: dict[str, Any] = {"timings": self._tally.timings()}
-        if self._explain:
-            extras["kvctl"] = self._tally.explanation()
-        return extras
 
 
 def finished(tally: Tally) -> Finished:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from appliance.api.answers import DecisionTaken, Explanation, LlamaTimings, PromptTokensDetails, Usage, Way
 from appliance.errors import Overloaded
@@ -144,7 +144,12 @@ class Tally:
             predicted_per_second=_ratio(1000 * predicted_n, predicted_ms),
         )
 
-    def explanation(self) -> Explanation:
+    def extras(self, *, explain: bool) -> dict[str, Any]:
+        """What every API's answer has besides its own: timings, and the kvctl object if it was asked for."""
+        explained = {"kvctl": self._explanation()} if explain else {}
+        return {"timings": self.timings(), **explained}
+
+    def _explanation(self) -> Explanation:
         sources = ("hbm", "dram", "nvme", "remote", "computed")
         times = ("queue", "staged_ahead", "load", "compute", "service", "prompt", "predicted", "paused", "ttft")
         return Explanation(

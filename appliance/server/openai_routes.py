@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -154,12 +153,6 @@ class _Answering:
     def _wants_logprobs(self) -> bool:
         return self.call.wanted_logprobs is not None
 
-    def _extras(self, tally: Tally) -> dict[str, Any]:
-        extras: dict[str, Any] = {"timings": tally.timings()}
-        if self.explain:
-            extras["kvctl"] = tally.explanation()
-        return extras
-
     async def whole(self) -> bytes:
         tally = Tally(self.batch)
         choices = [Collected() for _ in self.batch.requests]
@@ -171,7 +164,9 @@ class _Answering:
                 else:
                     choices[index].reason = happened.reason.value
                     tally.finished[index] = happened
-        return self.shape.whole(choices, self._wants_logprobs, {"usage": tally.usage(), **self._extras(tally)})
+        return self.shape.whole(
+            choices, self._wants_logprobs, {"usage": tally.usage(), **tally.extras(explain=self.explain)}
+        )
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events. Usage, if wanted, comes in a chunk of its own; timings come in whatever chunk is last."""
@@ -190,9 +185,11 @@ class _Answering:
                 else:
                     tally.finished[index] = happened
                     last = tally.complete and not usage_wanted
-                    parts += self.shape.ending(index, happened.reason.value, self._extras(tally) if last else {})
+                    parts += self.shape.ending(
+                        index, happened.reason.value, tally.extras(explain=self.explain) if last else {}
+                    )
                 if parts:
                     yield b"".join(map(event, parts))
         if usage_wanted:
-            yield event(self.shape.closing({"usage": tally.usage(), **self._extras(tally)}))
+            yield event(self.shape.closing({"usage": tally.usage(), **tally.extras(explain=self.explain)}))
         yield event(b"[DONE]")
