@@ -71,13 +71,17 @@ class Reader:
 
         The marker is not read, nor is the space before it. `trim`: nor is space at the end passed on.
         """
+        held = 0  # characters of space from self.at on, not looked at again: an answer may be nothing but space
         while True:
-            places = [(at, marker) for marker in markers if (at := self.text.find(marker, self.at)) >= 0]
+            places = [(at, marker) for marker in markers if (at := self.text.find(marker, self.at + held)) >= 0]
             free = min(places)[0] if places else len(self.text) if self.closed else self._undecided(markers)
+            end = free
             if places or trim or not self.closed:
-                while free > self.at and self.text[free - 1] in SPACE:
+                while free > self.at + held and self.text[free - 1] in SPACE:
                     free -= 1
+                free = self.at if free <= self.at + held else free
             sink(self.text[self.at : free])
+            held = end - free
             self.at = free
             self._forget()
             if places or self.closed:

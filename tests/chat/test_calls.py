@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -196,3 +197,24 @@ def test_hostile_answers_end_and_lose_nothing(form: ToolFormat) -> None:
         ):
             text, calls = gathered(parse(form, [opening + body]))
             assert (text, calls) == (opening + body, [])
+
+
+ENDLESS = {
+    "space": "\n" * 40_000,
+    "space before a call": "\n" * 40_000 + "<tool_call>",
+    "openings": "<tool_call>" * 4_000,
+    "beginnings of openings": "< " * 20_000,
+    "brackets": "<tool_call>" + "[" * 40_000,
+}
+
+
+@pytest.mark.parametrize("form", ToolFormat, ids=str)
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
+def test_an_endless_answer_is_read_as_fast_as_it_comes(form: ToolFormat, text: str) -> None:
+    """Parsers run beside everything else that the control process does."""
+    parser = CallParser(form, [Tool("f")])
+    began_s = time.process_time()
+    said = "".join(event.text for character in text for event in parser.feed(character) if isinstance(event, Said))
+    said += "".join(event.text for event in parser.finish() if isinstance(event, Said))
+    assert time.process_time() - began_s < 5
+    assert said == text
