@@ -12,7 +12,9 @@ from appliance.engine.base import Engine, EngineConfig, KVMode
 from appliance.engine.llamacpp import create
 from appliance.engine.llamacpp.cells import LayoutError, RowLayout
 from appliance.errors import ModelError
+from tests.contracts.checkpoint import CheckpointConformance
 from tests.contracts.engine import BATCH, CELLS, Conformance
+from tests.support import odd_models
 from tests.support.models import tiny_config, tiny_model
 
 BLOCK = 64
@@ -38,6 +40,20 @@ class TestOpaqueState(TestLlamaCpp):
     def open(cls) -> Engine:
         with patch.object(RowLayout, "parse", side_effect=LayoutError("not rows")):
             return super().open()
+
+
+class TestRecurrent(CheckpointConformance):
+    @classmethod
+    def open(cls, folder: Path) -> Engine:
+        path = odd_models.recurrent(folder / "recurrent.gguf")
+        return create(tiny_config(model_path=str(path), block_tokens=BLOCK, threads=1, batch_threads=1), lambda _: None)
+
+
+class TestHybrid(CheckpointConformance):
+    @classmethod
+    def open(cls, folder: Path) -> Engine:
+        path = odd_models.hybrid(folder / "hybrid.gguf")
+        return create(tiny_config(model_path=str(path), block_tokens=BLOCK, threads=1, batch_threads=1), lambda _: None)
 
 
 def test_info_says_what_was_loaded() -> None:

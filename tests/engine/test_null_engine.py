@@ -1,12 +1,15 @@
-"""The null engine: the conformance suite, with one frame in a block and with several."""
+"""The null engine: the conformance suites, with one frame in a block, with several, and with checkpoints."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from appliance.engine.base import Engine
 from appliance.engine.null import END, NullEngine
 from appliance.errors import RestoreError
+from tests.contracts.checkpoint import CheckpointConformance
 from tests.contracts.engine import BATCH, CELLS, Conformance
 from tests.support.engines import export, null_config, null_engine, prefill, prompt, restore
 
@@ -27,6 +30,12 @@ class TestNullInFrames(Conformance):
     @classmethod
     def open(cls) -> Engine:
         return NullEngine(null_config(context_tokens=CELLS, batch_tokens=BATCH), frames=4)
+
+
+class TestNullWithCheckpoints(CheckpointConformance):
+    @classmethod
+    def open(cls, folder: Path) -> Engine:
+        return NullEngine(null_config(), checkpoints=True)
 
 
 def test_a_block_of_another_place_or_length_is_refused() -> None:
