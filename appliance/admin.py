@@ -27,7 +27,9 @@ from appliance.api.control import (
     StoreOverview,
     TenantAdd,
     TenantAdded,
+    TenantInfo,
     TenantList,
+    TenantQuota,
     VerifyProgress,
     VerifyRequest,
 )
@@ -38,7 +40,7 @@ from appliance.explain import requests
 from appliance.figures import Figures, Place
 from appliance.kv.base import KVStore
 from appliance.look import inspect
-from appliance.ops.tenants import tenants_of
+from appliance.ops.tenants import info_of, tenants_of
 from appliance.prefetch import Prefetches
 from appliance.runtime import Runtime
 from appliance.security.keyring import Keyring
@@ -204,3 +206,8 @@ class ApplianceAdmin(Admin):
     async def add_tenant(self, request: TenantAdd) -> TenantAdded:
         api_key = await asyncio.to_thread(self._keyring.add_tenant, request.name)
         return TenantAdded(tenant=request.name, api_key=api_key)
+
+    async def set_quota(self, asked: TenantQuota) -> TenantInfo:
+        await asyncio.to_thread(self._keyring.set_quota, asked.tenant, asked.dram_bytes, asked.nvme_bytes)
+        await self._store.enforce_quotas()
+        return info_of(self._keyring, asked.tenant)

@@ -171,6 +171,9 @@ class AdminClient(_Client):
     def tenants(self) -> control.TenantList:
         return _parse(control.TenantList, self._request("GET", "/v1/admin/tenants"))
 
+    def set_quota(self, asked: control.TenantQuota) -> control.TenantInfo:
+        return _parse(control.TenantInfo, self._request("POST", "/v1/admin/quota", asked.model_dump()))
+
     def add_tenant(self, request: control.TenantAdd) -> control.TenantAdded:
         return _parse(control.TenantAdded, self._request("POST", "/v1/admin/tenants", request.model_dump()))
 

@@ -15,6 +15,7 @@
   POST /v1/admin/unpin      PromptRef       PinResult
   GET  /v1/admin/tenants                    TenantList
   POST /v1/admin/tenants    TenantAdd       TenantAdded
+  POST /v1/admin/quota      TenantQuota     TenantInfo
 
 These models are also what `--json` prints, so a field is never renamed lightly. Errors have the OpenAI shape.
 """
@@ -376,6 +377,15 @@ class TenantInfo(Model):
     tenant: str
     api_keys: int
     created: str
+    dram_quota_bytes: int | None = None
+    nvme_quota_bytes: int | None = None
+
+
+class TenantQuota(Model):
+    tenant: str
+    dram_bytes: int | None = Field(None, ge=0)
+    """None: as it is; 0: no quota."""
+    nvme_bytes: int | None = Field(None, ge=0)
 
 
 class TenantList(Model):

@@ -188,6 +188,10 @@ class KVStore(ABC):
         """Returns the blocks that are not pinned any more: not those that another pinned prompt begins with."""
 
     @abstractmethod
+    async def enforce_quotas(self) -> None:
+        """Forget what tenants hold beyond quotas that were lowered. TierError if the medium refuses."""
+
+    @abstractmethod
     def usage(self) -> list[TierUsage]:
         """dram, nvme and, when configured, remote."""
 

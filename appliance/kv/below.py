@@ -18,6 +18,7 @@ from appliance.kv.counts import TierCounts
 from appliance.kv.durable import Durable
 from appliance.kv.index import Changes, IndexEntry, LastUse
 from appliance.kv.loads import Loads
+from appliance.kv.quotas import Quotas
 from appliance.kv.record import record_bytes
 from appliance.kv.recovery import Recovered
 from appliance.kv.retention import Retention
@@ -44,6 +45,7 @@ class Below:
         layout: BlockLayout,
         counts: Counter[str],
         retention: Retention,
+        quotas: Quotas,
         clock: Callable[[], float],
     ) -> None:
         self.sealed = sealed
@@ -67,7 +69,7 @@ class Below:
         self._leaving: dict[BlockId, str | None] = {}
         """Whose they are."""
         self.loads = Loads(sealed, transfers, layout, counts, self.quarantine)
-        self._room = Room(sealed, recovered.policy, (self.loads.reading, retention.pinned()), layout)
+        self._room = Room(sealed, recovered.policy, (self.loads.reading, retention.pinned()), quotas, layout)
         self._crowded = False
         """Somebody else fills the medium, and what was evicted last did not help: no more goes for them."""
         self._turn = asyncio.Lock()
@@ -161,6 +163,7 @@ class Below:
             except BaseException:
                 self._return(superseded)
                 raise
+            await self._evict(self._room.beyond_quota(blocks[0].identity.tenant), "quota")
 
     async def drop(self, blocks: Sequence[BlockId], why: str | None = None) -> None:
         """Forget blocks, now; counted as evicted if `why` says for what. TierError if the index refuses."""
@@ -171,12 +174,19 @@ class Below:
                 self._count.evicted(why, len(known))
 
     async def _make_room(self, tenant: str, lengths: Sequence[int]) -> None:
+        await self._evict(self._room.beyond_quota(tenant, len(lengths)), "quota")
         while victims := self._room.victims(tenant, lengths):
             await self._evict(victims)
 
-    async def _evict(self, victims: Sequence[BlockId]) -> None:
-        await self._forget(victims)
-        self._count.evicted("capacity", len(victims))
+    async def enforce(self, tenant: str) -> None:
+        """Forget what is beyond its quota. TierError if the index refuses."""
+        async with self._turn:
+            await self._evict(self._room.beyond_quota(tenant), "quota")
+
+    async def _evict(self, victims: Sequence[BlockId], why: str = "capacity") -> None:
+        if victims:
+            await self._forget(victims)
+            self._count.evicted(why, len(victims))
 
     def _superseded(self, blocks: Sequence[Plain]) -> list[BlockId]:
         """Tails whose tokens a new sibling begins with, and which are not to be kept for longer. Indivisible ones stay: each
@@ -250,8 +260,8 @@ class Below:
     def usage(self, pending_blocks: int) -> TierUsage:
         medium = self.sealed.tier.usage()
         now_us = self._now_us()
-        heads = [used_us for block in self.policy.heads() if (used_us := self._last_use_us(block)) is not None]
-        oldest_us = min(heads, default=None)
+        heads = self.entries(self.policy.heads())
+        oldest_us = min((self._stamps.get(block) or entry.used.us for block, entry in heads.items()), default=None)
         return TierUsage(
             tier=self._tier,
             capacity_bytes=self.sealed.tier.properties.capacity_bytes,
@@ -264,11 +274,6 @@ class Below:
             oldest_s=None if oldest_us is None else max(0, now_us - oldest_us) / 1e6,
             newest_s=None if oldest_us is None else max(0, now_us - self._stamps.newest_us) / 1e6,
         )
-
-    def _last_use_us(self, block: BlockId) -> int | None:
-        stamped = self._stamps.get(block)
-        entry = self.entries([block]).get(block) if stamped is None else None
-        return stamped if entry is None else entry.used.us
 
     async def close(self) -> None:
         """Write down when blocks were last used, and let go of index and medium. Nothing may be using them."""

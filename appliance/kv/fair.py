@@ -61,6 +61,24 @@ class FairShare(Generic[Name]):
         shares = Counter(self._owners[block] for block in chosen)
         return [block for owner, k in shares.items() for block in self._policies[owner].evict(k, protected)]
 
+    def count(self, tenant: str) -> int:
+        """Its blocks."""
+        policy = self._policies.get(tenant)
+        return 0 if policy is None else len(policy)
+
+    def evict_own(self, n: int, protected: Container[Name], tenant: str) -> list[Name]:
+        """Of this tenant's blocks the n to forget first, or those there are."""
+        policy = self._policies.get(tenant)
+        if policy is None:
+            return []
+        able = sum(1 for _ in zip(range(n), policy.oldest_first(protected), strict=False))
+        return policy.evict(able, protected) if able else []
+
+    def can_give(self, protected: Container[Name], tenant: str) -> bool:
+        """Whether evict_own() would name one."""
+        policy = self._policies.get(tenant)
+        return policy is not None and next(policy.oldest_first(protected), None) is not None
+
     def oldest_first(self) -> Iterator[Name]:
         """All blocks in the order of eviction."""
         return self._in_order((), {})

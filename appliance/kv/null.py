@@ -79,6 +79,9 @@ class NullStore(KVStore):
     async def unpin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
         return 0
 
+    async def enforce_quotas(self) -> None:
+        pass
+
     def usage(self) -> list[TierUsage]:
         dram = TierUsage(Tier.DRAM, 0, 0, 0, 0, state="off", notes=(self._why,))
         return [dram, TierUsage(Tier.NVME, 0, 0, 0, 0, state="off")]

@@ -140,7 +140,7 @@ async def open_store(
         else:
             await asyncio.to_thread(_note_opened, home, nvme)
     buffer_bytes = max(kv.read_size, record_bytes(layout, layout.block_tokens))
-    return TieredStore(
+    store = TieredStore(
         keyring=keyring,
         fingerprint=fingerprint,
         layout=layout,
@@ -157,3 +157,8 @@ async def open_store(
         clock=clock,
         notes=notes,
     )
+    try:
+        await store.enforce_quotas()
+    except TierError as error:  # it is tried again with each block that is stored
+        log.warning("quotas that were lowered do not hold yet: %s", error)
+    return store

@@ -10,6 +10,7 @@ from collections.abc import Container, Sequence
 
 from appliance.errors import TierFull
 from appliance.kv.fair import FairShare
+from appliance.kv.quotas import Quotas
 from appliance.kv.record import record_bytes
 from appliance.kv.tiers.dram import Either
 from appliance.kv.tiers.sealed import SealedTier
@@ -22,12 +23,20 @@ class Room:
         sealed: SealedTier,
         policy: FairShare[BlockId],
         protected: tuple[Container[BlockId], Container[BlockId]],
+        quotas: Quotas,
         layout: BlockLayout,
     ) -> None:
         self._sealed = sealed
         self._policy = policy
         self._protected = Either(*protected)
+        self._quotas = quotas
         self._block_bytes = record_bytes(layout, layout.block_tokens)
+
+    def beyond_quota(self, tenant: str, coming: int = 0) -> list[BlockId]:
+        """Blocks of the tenant that go so that it holds no more than its quota with so many new ones, but for what is
+        pinned or being read."""
+        over = self._policy.count(tenant) + coming - self._quotas.nvme(tenant)
+        return self._policy.evict_own(over, self._protected, tenant) if over > 0 else []
 
     def victims(self, tenant: str, lengths: Sequence[int]) -> list[BlockId]:
         """Some of the blocks that go before records of these lengths of `tenant` fit; none if they fit. TierFull if they

@@ -96,7 +96,7 @@ class Stage:
         """The longest run that is readable now, or one block that will be."""
         run = _Run()
         while self._plan and (entry := self._dram.get(self._plan[0].block)) is not None:
-            if not self._dram.may_pin(entry) or (run.hits and not entry.state.readable):
+            if not self._dram.may_pin(entry, self._ns.tenant) or (run.hits and not entry.state.readable):
                 break
             self._dram.pin(entry)
             run.hits.append(self._plan.popleft())
@@ -119,7 +119,7 @@ class Stage:
                 break
             if at is None:
                 break
-            if not self._dram.has_room(self._sparing) or not self._dram.may_pin(None):
+            if not self._dram.has_room(self._ns.tenant, self._sparing) or not self._dram.may_pin(None, self._ns.tenant):
                 return self._start(run, extents)
             tokens = self._tokens_of(hit)
             if tokens is None:

@@ -23,6 +23,7 @@ from appliance.kv.fair import FairShare
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
 from appliance.kv.pins import Pins
+from appliance.kv.quotas import Quotas
 from appliance.kv.record import RecordIdentity
 from appliance.kv.recovery import Recovered
 from appliance.kv.retention import Retention
@@ -81,13 +82,15 @@ class TieredStore(KVStore):
         patience = Patience()
         self._closing = False
         self._retention = retention
-        self._dram = DramTable(pool, self.pool, policy, TierCounts(self._counts, Tier.DRAM))
+        self._keyring = keyring
+        quotas = Quotas(keyring.quota, layout)
+        self._dram = DramTable(pool, self.pool, policy, TierCounts(self._counts, Tier.DRAM), quotas)
         self._below: Below | None = None
         self._writer: WriteBehind | None = None
         if sealed is not None and recovered is not None:
-            self._below = Below(sealed, recovered, transfers, layout, self._counts, retention, clock)
+            self._below = Below(sealed, recovered, transfers, layout, self._counts, retention, quotas, clock)
             self._writer = WriteBehind(
-                self._dram, self._below, layout, self._plain, self._counts, patience, write_behind_bytes
+                self._dram, self._below, layout, self._plain, self._counts, patience, quotas, write_behind_bytes
             )
         self._finder = Finder(keyring, fingerprint, layout, self._dram, self._below, retention)
         expiry = Expiry(retention, self._dram, self._below)
@@ -99,6 +102,7 @@ class TieredStore(KVStore):
             self._writer,
             self._finder,
             retention,
+            quotas,
             expiry,
             patience,
             layout,
@@ -193,6 +197,12 @@ class TieredStore(KVStore):
         hits = self.lookup(ns, tokens).hits
         whole = [hit.block for hit in hits if hit.use_tokens == hit.n_tokens]
         return await erase(self._dram, self._below, whole, self._retention.pinned())
+
+    async def enforce_quotas(self) -> None:
+        for tenant in self._keyring.tenants():
+            self._dram.enforce(tenant.name)
+            if self._below is not None:
+                await self._below.enforce(tenant.name)
 
     async def pin_prompt(self, ns: Namespace, tokens: Tokens) -> int:
         self._storing.keep(ns, tokens, math.inf)

@@ -17,6 +17,7 @@ from appliance.kv.below import Below
 from appliance.kv.expire import Expiry
 from appliance.kv.find import Finder
 from appliance.kv.patience import Patience
+from appliance.kv.quotas import Quotas
 from appliance.kv.retention import Retention
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.kv.write_behind import WriteBehind
@@ -31,6 +32,7 @@ class Storing:
         writer: WriteBehind | None,
         finder: Finder,
         retention: Retention,
+        quotas: Quotas,
         expiry: Expiry,
         patience: Patience,
         layout: BlockLayout,
@@ -42,6 +44,7 @@ class Storing:
         self._writer = writer
         self._finder = finder
         self._retention = retention
+        self._quotas = quotas
         self._expiry = expiry
         self._patience = patience
         self._layout = layout
@@ -55,7 +58,7 @@ class Storing:
         try:
             async with self._turn:
                 for new in blocks:
-                    while not self._finder.holds(new) and not self._room_for(new):
+                    while not self._finder.holds(new) and not self._room_for(ns, new):
                         if reserved and not (self._writer and self._writer.pending_blocks):
                             return reserved  # only what this call or a pin holds is in the way
                         await self._patiently(since_s)
@@ -71,7 +74,7 @@ class Storing:
             self._expiry.erase([new.block])
         state, now_us = SlotState.RESERVED, self._now_us()
         entry = self._dram.put(ns, new.block, new.parent, new.start, new.tokens, state, now_us)
-        entry.durable = not self._retention.in_memory_only(retention_s)
+        entry.durable = not self._retention.in_memory_only(retention_s) and self._quotas.nvme(ns.tenant) > 0
         if self._below is None or new.block not in self._below:  # else it is there, and its medium fails
             self._retention.begin(new.block, self._retention.wished(retention_s))
         self._promise(self._payload_bytes(new))
@@ -90,7 +93,7 @@ class Storing:
             self._writer.promised_bytes += nbytes
 
     def keep(self, ns: Namespace, tokens: Tokens, retention_s: float | None) -> None:
-        if self._retention.in_memory_only(retention_s):
+        if self._retention.in_memory_only(retention_s) or not self._quotas.nvme(ns.tenant):
             return
         blocks, until = [hit.block for hit in self._finder.lookup(ns, tokens).hits], self._retention.wished(retention_s)
         if self._writer is not None:
@@ -132,9 +135,11 @@ class Storing:
                 if unwritten or self._dram.evictable(other):
                     self._dram.drop(other)
 
-    def _room_for(self, new: NewBlock) -> bool:
+    def _room_for(self, ns: Namespace, new: NewBlock) -> bool:
         """Whether a slot is to be had, and write-behind has room."""
-        return self._dram.has_room() and (self._writer is None or self._writer.has_room(self._payload_bytes(new)))
+        return self._dram.has_room(ns.tenant) and (
+            self._writer is None or self._writer.has_room(self._payload_bytes(new))
+        )
 
     def _payload_bytes(self, new: NewBlock) -> int:
         return self._layout.payload_bytes(len(new.tokens))

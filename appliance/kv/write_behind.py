@@ -16,6 +16,7 @@ from appliance.kv.below import Below
 from appliance.kv.breaker import FIRST_RETRY_S
 from appliance.kv.counts import reason
 from appliance.kv.patience import Patience
+from appliance.kv.quotas import Quotas
 from appliance.kv.record import record_bytes
 from appliance.kv.tiers.dram import DramTable, Entry, SlotState
 from appliance.kv.tiers.sealed import Plain
@@ -36,6 +37,7 @@ class WriteBehind:
         plain: Callable[[Entry], Plain],
         counts: Counter[str],
         patience: Patience,
+        quotas: Quotas,
         bound_bytes: int,
     ) -> None:
         self._dram = dram
@@ -44,6 +46,7 @@ class WriteBehind:
         self._plain = plain
         self._counts = counts
         self._patience = patience
+        self._quotas = quotas
         self._bound_bytes = bound_bytes
         self._batch_bytes = min(BATCH_BYTES, below.sealed.tier.properties.capacity_bytes // 8)
         self._queue: dict[BlockId, Entry] = {}
@@ -166,7 +169,8 @@ class WriteBehind:
         batch: list[Entry] = []
         nbytes = 0
         for entry in self._queue.values():
-            if batch and (entry.ns.tenant != batch[0].ns.tenant or nbytes >= self._batch_bytes):
+            full = nbytes >= self._batch_bytes or len(batch) >= self._quotas.nvme(entry.ns.tenant)
+            if batch and (entry.ns.tenant != batch[0].ns.tenant or full):
                 break
             batch.append(entry)
             nbytes += record_bytes(self._layout, len(entry.tokens))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from appliance.api.control import TenantAdded, TenantInfo, TenantList
+from appliance.api.control import TenantAdded, TenantInfo, TenantList, TenantQuota
 from appliance.security.keyring import Keyring
 
 
@@ -19,10 +19,23 @@ def list_tenants(home: Path, key_file: Path) -> TenantList:
     return tenants_of(Keyring.open(home, key_file))
 
 
+def set_quota(home: Path, key_file: Path, asked: TenantQuota) -> TenantInfo:
+    """It holds from the next start on."""
+    keyring = Keyring.open(home, key_file)
+    keyring.set_quota(asked.tenant, asked.dram_bytes, asked.nvme_bytes)
+    return info_of(keyring, asked.tenant)
+
+
 def tenants_of(keyring: Keyring) -> TenantList:
-    return TenantList(
-        tenants=[
-            TenantInfo(tenant=tenant.name, api_keys=len(tenant.api_keys), created=tenant.created)
-            for tenant in keyring.tenants()
-        ]
+    return TenantList(tenants=[info_of(keyring, tenant.name) for tenant in keyring.tenants()])
+
+
+def info_of(keyring: Keyring, name: str) -> TenantInfo:
+    tenant = next(tenant for tenant in keyring.tenants() if tenant.name == name)
+    return TenantInfo(
+        tenant=name,
+        api_keys=len(tenant.api_keys),
+        created=tenant.created,
+        dram_quota_bytes=tenant.quota.dram,
+        nvme_quota_bytes=tenant.quota.nvme,
     )

@@ -18,7 +18,7 @@ from appliance.errors import IntegrityError, KeyringError, NotInitialised, State
 from appliance.security.files import exclusive, read_private, write_private
 from appliance.security.keyring_file import State, WrongKey, decode, encode, new_state
 from appliance.security.seal import KEY_BYTES
-from appliance.security.tenants import API_KEY_PREFIX, Body, Tenant
+from appliance.security.tenants import API_KEY_PREFIX, NO_QUOTA, Body, Quota, Tenant
 
 COPIES = ("keyring.a", "keyring.b")
 UNLOCK_KEY_NAME = "unlock.key"
@@ -112,15 +112,34 @@ class Keyring:
         """One more API key for a tenant; it is kept nowhere."""
         return self._add_api_key(name, lambda body: body)
 
+    def quota(self, name: str) -> Quota:
+        tenant = self._state.body.find(name)
+        return NO_QUOTA if tenant is None else tenant.quota
+
+    def set_quota(self, name: str, dram: int | None, nvme: int | None) -> Quota:
+        """Change what is not None; 0 lifts a quota. Durable when this returns. StateError if there is no such tenant."""
+
+        def change(body: Body) -> Body:
+            tenant = body.find(name)
+            old = NO_QUOTA if tenant is None else tenant.quota
+            return body.with_quota(
+                name, Quota(old.dram if dram is None else dram or None, old.nvme if nvme is None else nvme or None)
+            )
+
+        self._change(lambda old: change(old.body))
+        return self.quota(name)
+
     def _add_api_key(self, tenant: str, prepare: Callable[[Body], Body]) -> str:
         api_key = API_KEY_PREFIX + base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
+        self._change(lambda old: prepare(old.body).with_api_key(old.pepper, tenant, api_key))
+        return api_key
+
+    def _change(self, change: Callable[[State], Body]) -> None:
         with _locked(self._home, "change"):
             old = _load(self._home, self._key_file)
-            body = prepare(old.body).with_api_key(old.pepper, tenant, api_key)
-            new = replace(old, version=old.version + 1, body=body)
+            new = replace(old, version=old.version + 1, body=change(old))
             _write(self._home, new)
             self._state = new
-        return api_key
 
 
 def create_key_file(path: Path) -> None:

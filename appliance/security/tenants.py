@@ -35,6 +35,17 @@ class ApiKey:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """Most bytes of a tenant's blocks in a tier; None: what fairness leaves to it."""
+
+    dram: int | None = None
+    nvme: int | None = None
+
+
+NO_QUOTA = Quota()
+
+
+@dataclass(frozen=True)
 class Tenant:
     name: str
     created: str
@@ -44,6 +55,7 @@ class Tenant:
     data_keys: tuple[DataKey, ...] = field(repr=False)
     """Oldest first; the last one seals, the others only open."""
     api_keys: tuple[ApiKey, ...]
+    quota: Quota = NO_QUOTA
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,13 @@ class Body:
         changed = replace(tenant, api_keys=(*tenant.api_keys, added))
         return replace(self, tenants=tuple(changed if t is tenant else t for t in self.tenants))
 
+    def with_quota(self, name: str, quota: Quota) -> Body:
+        tenant = self.find(name)
+        if tenant is None:
+            raise StateError(f'there is no tenant "{name}"')
+        changed = replace(tenant, quota=quota)
+        return replace(self, tenants=tuple(changed if t is tenant else t for t in self.tenants))
+
     def encode(self) -> bytes:
         """FORMAT.md, "Keyring": JSON with sorted keys, byte strings in hex."""
         return json.dumps(
@@ -100,6 +119,7 @@ class Body:
                         "locate_key": t.locate_key.hex(),
                         "data_keys": [{"id": k.id.hex(), "key": k.key.hex()} for k in t.data_keys],
                         "api_keys": [{"name": a.name, "mac": a.mac.hex(), "created": a.created} for a in t.api_keys],
+                        **({} if t.quota == NO_QUOTA else {"quota": {"dram": t.quota.dram, "nvme": t.quota.nvme}}),
                     }
                     for t in self.tenants
                 ],
@@ -122,6 +142,7 @@ class Body:
                     bytes.fromhex(t["locate_key"]),
                     tuple(DataKey(bytes.fromhex(k["id"]), bytes.fromhex(k["key"])) for k in t["data_keys"]),
                     tuple(ApiKey(a["name"], bytes.fromhex(a["mac"]), a["created"]) for a in t["api_keys"]),
+                    Quota(**t["quota"]) if "quota" in t else NO_QUOTA,
                 )
                 for t in tree["tenants"]
             ),

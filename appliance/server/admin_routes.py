@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.api.chat_fields import conversation
-from appliance.api.control import EvictRequest, PrefetchRequest, PromptRef, TenantAdd, VerifyRequest
+from appliance.api.control import EvictRequest, PrefetchRequest, PromptRef, TenantAdd, TenantQuota, VerifyRequest
 from appliance.api.openai import ChatRequest
 from appliance.errors import RequestError
 from appliance.server.base import Admin
@@ -89,6 +89,10 @@ def router(admin: Admin, max_body_bytes: int) -> APIRouter:
     @routes.post("/tenants")
     async def add_tenant(request: Request) -> Response:
         return _json(await admin.add_tenant(await read_request(request, TenantAdd, max_body_bytes)))
+
+    @routes.post("/quota")
+    async def quota(request: Request) -> Response:
+        return _json(await admin.set_quota(await read_request(request, TenantQuota, max_body_bytes)))
 
     return routes
 

@@ -23,7 +23,9 @@ from appliance.api.control import (
     StoreOverview,
     TenantAdd,
     TenantAdded,
+    TenantInfo,
     TenantList,
+    TenantQuota,
     VerifyProgress,
     VerifyRequest,
 )
@@ -122,3 +124,7 @@ class Admin(ABC):
 
     @abstractmethod
     async def add_tenant(self, request: TenantAdd) -> TenantAdded: ...
+
+    @abstractmethod
+    async def set_quota(self, asked: TenantQuota) -> TenantInfo:
+        """It holds when this returns, but for what is in use."""

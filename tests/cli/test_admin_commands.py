@@ -262,10 +262,18 @@ def test_tenants_of_a_running_appliance(kvctl: Kvctl, appliance: FakeAppliance) 
     spoken = kvctl("tenant", "add", "legal")
     assert spoken.out == "kvctl-abc\n"
     assert "shown this once" in spoken.err
-    tenants = [{"tenant": "legal", "api_keys": 2, "created": "2026-01-02T03:04:05Z"}]
+    quotas = {"dram_quota_bytes": 2**30, "nvme_quota_bytes": None}
+    tenants = [{"tenant": "legal", "api_keys": 2, "created": "2026-01-02T03:04:05Z", **quotas}]
     appliance.replies["GET /v1/admin/tenants"] = (200, {"tenants": tenants})
     assert kvctl("tenant", "list", "--json").json == {"tenants": tenants}
-    assert kvctl("tenant", "list").out.splitlines()[1].split() == ["legal", "2", "2026-01-02T03:04:05Z"]
+    assert kvctl("tenant", "list").out.splitlines()[1].split() == [
+        "legal",
+        "2",
+        "2026-01-02T03:04:05Z",
+        "1",
+        "GiB",
+        "-",
+    ]
 
 
 def test_tenants_of_a_stopped_appliance(kvctl: Kvctl) -> None:
@@ -388,3 +396,18 @@ def test_pins_say_what_they_take(kvctl: Kvctl, appliance: FakeAppliance, prompt:
     assert kvctl("unpin", *asked).out.startswith("13 blocks unpinned")
     assert kvctl("pin", *asked, "--json").json == done
     assert kvctl("pin").code == ExitCode.USAGE
+
+
+def test_a_quota_is_set_while_it_runs_and_while_it_does_not(kvctl: Kvctl, appliance: FakeAppliance) -> None:
+    info = {"tenant": "legal", "api_keys": 1, "created": "now", "dram_quota_bytes": 2**30, "nvme_quota_bytes": None}
+    appliance.replies["POST /v1/admin/quota"] = (200, info)
+    assert kvctl("tenant", "quota", "legal", "--dram", "1GiB").out == "legal: dram 1 GiB, nvme -\n"
+    assert appliance.body_of("POST /v1/admin/quota") == {"tenant": "legal", "dram_bytes": 2**30, "nvme_bytes": None}
+    assert kvctl("tenant", "quota", "legal", "--dram", "much").code == ExitCode.USAGE
+
+
+def test_a_quota_of_a_stopped_appliance_is_in_its_keyring(kvctl: Kvctl) -> None:
+    assert kvctl("init").code == ExitCode.OK
+    assert kvctl("tenant", "quota", "default", "--nvme", "64MiB", "--json").json["nvme_quota_bytes"] == 64 * 2**20
+    assert "64 MiB" in kvctl("tenant", "list").out
+    assert kvctl("tenant", "quota", "nobody", "--nvme", "1GiB").code != ExitCode.OK

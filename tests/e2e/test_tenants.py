@@ -55,3 +55,22 @@ def test_without_a_known_key_nothing_is_told(served: Appliance, key: str | None,
 
 def test_admin_is_not_on_the_public_port(served: Appliance) -> None:
     assert served.get("/v1/admin/status").status_code == 404
+
+
+def test_a_quota_bounds_a_tenant_while_it_runs_and_after_a_restart(served: Appliance) -> None:
+    added = kvctl(served.home, "tenant", "add", "carl", "--json").json
+
+    def stored() -> int:
+        served.settle()
+        return served.tier("nvme").blocks
+
+    with served.client(added["api_key"]) as carl:
+        before = stored()
+        for seed in range(60, 64):
+            served.complete(prompt(seed, BLOCK * 3), http=carl)
+        held = stored() - before
+        assert held >= 12
+        record = 64 * 1024
+        assert kvctl(served.home, "tenant", "quota", "carl", "--nvme", str(4 * record)).code == 0
+        assert stored() - before < held
+        assert served.metrics()["kvctl_evicted_blocks_total"] > 0

@@ -123,7 +123,7 @@ async def test_a_pool_full_of_reads_that_hang_is_not_waited_for(
             for n in range(3):
                 assert await restored(store, prompt(n, 16)) == 0
                 clock.pass_retry_time()
-            assert not store._dram.has_room()
+            assert not store._dram.has_room("default")
         finally:
             gate.open()
         await store._below.settle()

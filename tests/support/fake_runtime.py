@@ -27,6 +27,7 @@ from appliance.api.control import (
     TenantAdded,
     TenantInfo,
     TenantList,
+    TenantQuota,
     Totals,
     VerifyProgress,
     VerifyReport,
@@ -327,3 +328,6 @@ class FakeAdmin(Admin):
         if request.name == "alice":
             raise StateError('tenant "alice" exists already')
         return TenantAdded(tenant=request.name, api_key="kvctl-new")
+
+    async def set_quota(self, asked: TenantQuota) -> TenantInfo:
+        return TenantInfo(tenant=asked.tenant, api_keys=1, created="now", dram_quota_bytes=asked.dram_bytes)

@@ -14,6 +14,7 @@ import errno
 import logging
 import mmap
 import os
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from appliance.errors import ConfigError
 from appliance.kv.base import PoolShape
 from appliance.kv.counts import TierCounts
 from appliance.kv.fair import FairShare
+from appliance.kv.quotas import Quotas
 from appliance.kv.tiers.files import tier_error
 from appliance.security.seal import wipe
 from appliance.types import BlockId, Namespace, Tier, TierUsage, Tokens
@@ -154,7 +156,9 @@ class Either:
 class DramTable:
     """Which block is in which slot, and which go first."""
 
-    def __init__(self, pool: DramPool, shape: PoolShape, policy: FairShare[BlockId], count: TierCounts) -> None:
+    def __init__(
+        self, pool: DramPool, shape: PoolShape, policy: FairShare[BlockId], count: TierCounts, quotas: Quotas
+    ) -> None:
         self._pool = pool
         self.slots = shape.slots
         self._slot_bytes = shape.slot_bytes
@@ -168,6 +172,8 @@ class DramTable:
         self._pinned = 0
         self._pin_limit = shape.slots - max(1, shape.slots // 4)
         self._count = count
+        self._quotas = quotas
+        self._pinned_of: Counter[str] = Counter()
 
     def get(self, block: BlockId) -> Entry | None:
         return self._entries.get(block)
@@ -181,15 +187,27 @@ class DramTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def has_room(self, sparing: Container[BlockId] | None = None) -> bool:
-        """Whether put() finds a slot without the blocks in `sparing`."""
+    def has_room(self, tenant: str, sparing: Container[BlockId] | None = None) -> bool:
+        """Whether put() finds a slot for a block of this tenant without the blocks in `sparing`."""
+        if self.policy.count(tenant) >= self._quotas.dram(tenant):
+            return self.policy.can_give(Either(self._held, sparing or ()), tenant)
         if self._free or not sparing:
             return bool(self._free) or len(self._held) < len(self._entries)
         return any(block not in self._held and block not in sparing for block in self._entries)
 
-    def may_pin(self, entry: Entry | None) -> bool:
-        """Whether one more block, or this one, may be pinned: a quarter of the slots is left to exports."""
-        return self._pinned < self._pin_limit or (entry is not None and entry.pins > 0)
+    def may_pin(self, entry: Entry | None, tenant: str) -> bool:
+        """Whether one more block of this tenant, or this one, may be pinned: a quarter of the slots, and of the tenant's
+        quota, is left to exports."""
+        quota = self._quotas.dram(tenant)
+        free = self._pinned < self._pin_limit and self._pinned_of[tenant] < quota - max(1, quota // 4)
+        return free or (entry is not None and entry.pins > 0)
+
+    def enforce(self, tenant: str) -> None:
+        """Evict what is beyond its quota, as far as it is not in use; that goes when the tenant's next block comes."""
+        over = self.policy.count(tenant) - self._quotas.dram(tenant)
+        if over > 0:
+            for block in self.policy.evict_own(over, self._held, tenant):
+                self.evict(self._entries[block], "quota")
 
     def change(self) -> asyncio.Future[None]:
         """Done when a slot was freed, unpinned or changed its state."""
@@ -213,10 +231,14 @@ class DramTable:
         used_us: int,
         sparing: Container[BlockId] | None = None,
     ) -> Entry:
-        """A slot for a block the pool does not hold; evicts one if none is free. The caller saw has_room(sparing)."""
+        """A slot for a block the pool does not hold; evicts one if none is free, or the tenant's quota is full. The caller saw
+        has_room(tenant, sparing)."""
         assert block not in self._entries
+        protected = Either(self._held, sparing) if sparing else self._held
+        over = self.policy.count(ns.tenant) + 1 - self._quotas.dram(ns.tenant)
+        for own in self.policy.evict_own(over, protected, ns.tenant) if over > 0 else ():
+            self.evict(self._entries[own], "quota")
         if not self._free:
-            protected = Either(self._held, sparing) if sparing else self._held
             (victim,) = self.policy.evict(1, protected, ns.tenant)
             self.evict(self._entries[victim], "capacity")
         slot = self._free.pop()
@@ -240,6 +262,7 @@ class DramTable:
     def pin(self, entry: Entry) -> None:
         entry.pins += 1
         self._pinned += entry.pins == 1
+        self._pinned_of[entry.ns.tenant] += entry.pins == 1
         self._held.add(entry.block)
 
     def keep(self, entry: Entry, *, kept: bool) -> None:
@@ -251,6 +274,7 @@ class DramTable:
         assert entry.pins > 0
         entry.pins -= 1
         self._pinned -= entry.pins == 0
+        self._pinned_of[entry.ns.tenant] -= entry.pins == 0
         self._hold(entry)
 
     def evict(self, entry: Entry, why: str) -> None:
@@ -263,6 +287,7 @@ class DramTable:
         assert self._entries.get(entry.block) is entry
         if entry.pins:  # of waiters: there is nothing to read any more
             self._pinned -= 1
+            self._pinned_of[entry.ns.tenant] -= 1
             entry.pins = 0
         del self._entries[entry.block]
         siblings = self._children[entry.parent]
