@@ -291,8 +291,7 @@ async def test_reads_that_lie(tmp_path: Path, spoil: str) -> None:
 
         tier.spoil = lie
         assert await restored(store, TOKENS) == 0
-        while store._below._tasks:  # what was read ahead
-            await asyncio.gather(*store._below._tasks)
+        await store._below.tasks.settle()  # what was read ahead
         tier.heal()
         await fill(store, TOKENS)
         await fill(store, OTHER)

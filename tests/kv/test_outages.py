@@ -55,7 +55,7 @@ async def test_an_outage_costs_no_blocks_however_long(tmp_path: Path) -> None:
             for _ in range(3):
                 tier.fail("read", 100)
                 assert await restored(store, TOKENS) == 0
-                await store._below.settle()
+                await store._below.tasks.settle()
                 clock.pass_retry_time()
             tier.heal()
             assert await restored(store, OTHER) == len(OTHER), "the medium is back"
@@ -78,7 +78,7 @@ async def test_a_bad_sector_costs_the_block_on_it(tmp_path: Path) -> None:
         tier.spoil = unreadable
         for _ in range(4):
             await restored(store, TOKENS)
-            await store._below.settle()
+            await store._below.tasks.settle()
             clock.pass_retry_time()
         assert store.counters()["quarantined_total"] == 1
         assert await restored(store, TOKENS) == 32
@@ -103,7 +103,7 @@ async def test_a_medium_that_does_not_answer_is_left_alone_until_it_does(
             assert store.usage()[1].state == "degraded"
         finally:
             gate.open()
-        await store._below.settle()
+        await store._below.tasks.settle()
         assert store.usage()[1].state == "ok"
         assert await restored(store, TOKENS) == len(TOKENS)
         assert store._dram._pinned == 0
@@ -126,7 +126,7 @@ async def test_a_pool_full_of_reads_that_hang_is_not_waited_for(
             assert not store._dram.has_room("default")
         finally:
             gate.open()
-        await store._below.settle()
+        await store._below.tasks.settle()
         assert [await restored(store, prompt(n, 16)) for n in range(3)] == [16] * 3
 
 
@@ -145,7 +145,7 @@ async def test_a_block_stored_anew_replaces_a_record_that_could_not_be_dropped(
         with monkeypatch.context() as broken:
             broken.setattr(store._below.index, "apply", refuse)
             store._below.quarantine(store.lookup(NS, TOKENS).hits[1].block)
-            await store._below.settle()
+            await store._below.tasks.settle()
         assert [new.start for new in await fill(store, TOKENS)] == [16]
         await store.flush(5)
         store.evict_dram()
