@@ -109,6 +109,11 @@ def _policy(kv: KVSection, token_s: TokenSeconds) -> FairShare[BlockId]:
     return FairShare(LeafFirstLru if kv.eviction == "lru" else lambda: CostAware(token_s))
 
 
+def _alike(position: int) -> float:
+    """What DRAM gives up while a tier below keeps it is loaded again, and that costs the same at every depth."""
+    return 1.0
+
+
 async def open_store(
     home: Path,
     keyring: Keyring,
@@ -149,7 +154,7 @@ async def open_store(
         transfers=TransferPool(kv.transfer_threads, buffer_bytes),
         sealed=sealed,
         recovered=recovered,
-        policy=_policy(kv, token_s),
+        policy=_policy(kv, token_s if sealed is None else _alike),
         write_behind_bytes=kv.write_behind,
         read_bytes=buffer_bytes,
         pin_budget_bytes=kv.pin_budget.of(nvme.capacity if recovered else pool.capacity_bytes),

@@ -64,7 +64,9 @@ class Simulation:
 
     def __init__(self, header: TraceHeader, policy: str, *, dram_bytes: int, nvme_bytes: int) -> None:
         self._header = header
-        self._dram = _Tier(POLICIES[policy](header), dram_bytes // header.block_bytes, header.block_tokens)
+        # as the store does: what DRAM gives up is loaded again, which costs the same at every depth
+        above = header.model_copy(update={"prefill_depth_s": 0.0}) if nvme_bytes else header
+        self._dram = _Tier(POLICIES[policy](above), dram_bytes // header.block_bytes, header.block_tokens)
         self._nvme = _Tier(POLICIES[policy](header), nvme_bytes // header.block_bytes, header.block_tokens)
         self._result = Replayed(policy=policy, dram_bytes=dram_bytes, nvme_bytes=nvme_bytes)
         self._seen = 0

@@ -16,7 +16,7 @@ POOL_BLOCKS = 16
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     """With a DRAM pool that is smaller than some prompts, and holds what was used last; it always loads what it can."""
-    pool = {"tiers.dram.capacity": POOL_BLOCKS * BLOCK * TOKEN_BYTES, "kv.eviction": "lru"}
+    pool = {"tiers.dram.capacity": POOL_BLOCKS * BLOCK * TOKEN_BYTES}
     with appliance(tmp_path_factory.mktemp("home"), pool, program=DEAR) as running:
         yield running
 

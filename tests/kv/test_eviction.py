@@ -64,3 +64,14 @@ async def test_stagings_leave_a_slot_to_exports(tmp_path: Path, monkeypatch: pyt
             assert len(staged.slots) == 3
             store.abort(await store.reserve(NS, store.missing(NS, NEW)))
             store.unpin(staged)
+
+
+@pytest.mark.parametrize("nvme", [True, False])
+async def test_dram_weighs_depth_only_where_nothing_below_keeps_what_it_gives_up(tmp_path: Path, nvme: bool) -> None:
+    deep, shallow = prompt(1, 16 * 6), prompt(2, 16)
+    async with opened(tmp_path, nvme=nvme, cost=lambda position: 1.0 + position) as store:
+        for tokens in (deep, shallow, prompt(3, 16), prompt(4, 16)):
+            await fill(store, tokens)
+            await store.flush(5)
+        assert bool(store.in_dram(store.names(NS, shallow))) is nvme, "used after the deep one"
+        assert len(store.in_dram(store.names(NS, deep))) == (5 if nvme else 6)

@@ -66,6 +66,7 @@ async def opened(
     fingerprint: Fingerprint = FINGERPRINT,
     retention_s: float | None = None,
     clock: Callable[[], float] = time.time,
+    cost: Callable[[int], float] = token_s,
 ) -> AsyncIterator[TieredStore]:
     pool = DramPool(slots * LAYOUT.slot_bytes, lock=False)
     store = await open_store(
@@ -82,7 +83,7 @@ async def opened(
             retention=None if retention_s is None else f"{retention_s}s",
         ),
         NvmeSection(enabled=nvme, capacity=capacity, segment=segment),
-        token_s,
+        cost,
         clock,
     )
     try:
