@@ -251,6 +251,7 @@ class Roster:
         with self.lock:
             if request := self._requests.pop(request_id, None):
                 self.transfers.cancel(request, exports=True)
+                self.cells.drop_aside(request)  # also of one that ended by itself
                 if request.sequence:
                     self.cells.release(request.sequence)
 

@@ -277,6 +277,18 @@ def test_blocks_aside_are_dropped_with_their_request() -> None:
     assert bench.engine.free_cells == bench.engine.info.context_tokens
 
 
+def test_blocks_aside_go_with_a_request_that_had_ended_before() -> None:
+    bench = Bench()
+    bench.begin("r", prompt(4 * BLOCK))
+    bench.done(bench.scheduler.restore("r", 0, ()))
+    request = bench.roster.known("r")
+    bench.roster.cells.place_aside(request, 2 * BLOCK, 3 * BLOCK, lambda seq: None)
+    request.end()
+    bench.release("r")
+    bench.scheduler.step()
+    assert bench.roster.stats().cells_used == 0
+
+
 def test_a_request_that_is_run_before_its_front_was_answered_has_one_row_in_a_batch() -> None:
     bench = Bench(batch_tokens=64)
     tokens = prompt(2 * BLOCK + 1)
