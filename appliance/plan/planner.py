@@ -143,13 +143,12 @@ def decide(
 
 
 def _cheapest(options: Sequence[tuple[str, Alternative]]) -> tuple[str, Alternative]:
-    """The longest load of those that are as cheap as any, as far as anybody notices; both ends only if that is noticed."""
-    single = [each for each in options if not each[1].front_to]
-    least_s = min(option.total_s for _, option in single)
-    split = min((each for each in options if each[1].front_to), key=lambda each: each[1].total_s, default=None)
-    if split is not None and split[1].total_s < least_s - UNNOTICED_S:
-        return split
-    return max((each for each in single if each[1].total_s <= least_s + UNNOTICED_S), key=lambda each: each[1].load_to)
+    """The longest load of those that are as cheap as any, as far as anybody notices; both ends only if none is."""
+    least_s = min(option.total_s for _, option in options)
+    single = [each for each in options if not each[1].front_to and each[1].total_s <= least_s + UNNOTICED_S]
+    if single:
+        return max(single, key=lambda each: each[1].load_to)
+    return min(options, key=lambda each: each[1].total_s)
 
 
 def _load_s(nbytes: Mapping[Tier, int], cost: CostModel, traffic: Traffic) -> float:
