@@ -199,8 +199,10 @@ class Roster:
         if request.ended or not request.was_run:
             return
         with self.lock:
+            self.transfers.cancel(request, exports=False)
             self.cells.drop_aside(request)
             request.preempt()
+            request.prefill_to = 0
             if request in self._queue:
                 self._queue.remove(request)
             if request in self.streams:

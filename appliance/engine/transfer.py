@@ -138,6 +138,8 @@ class Transfers:
         reach = len(request.prompt) - (not layout.divisible)
         if job.start + sum(use for _, _, use in job.blocks) > reach:
             raise RestoreError("the blocks reach beyond the prompt")
+        if job.start + sum(use for _, _, use in job.blocks) > request.claim:
+            raise RestoreError("the request was preempted and is not parked yet")
         for i, (_, n, use) in enumerate(job.blocks):
             in_part = use < n and not (layout.divisible and i == len(job.blocks) - 1)
             if not 0 < use <= n <= layout.block_tokens or in_part:

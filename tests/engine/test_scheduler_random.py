@@ -9,11 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
-from appliance.engine.client import Done, Prefilled
+from appliance.engine.base import KVMode
+from appliance.engine.client import Done, Preempted, Prefilled
+from appliance.engine.null import NullEngine
 from appliance.engine.request import Failed, Request
+from appliance.engine.roster import GROWTH_TOKENS
 from appliance.errors import EngineError
 from appliance.types import FinishReason, Tokens
-from tests.support.engines import export, null_engine, prefill, prompt
+from tests.support.engines import export, null_config, prefill, prompt
 from tests.support.scheduling import Bench, reference
 
 CELLS = 72
@@ -28,14 +31,23 @@ def asked(request: Request) -> Tokens:
 
 class SchedulerMachine(RuleBasedStateMachine):
     known = Bundle("known")
+    kv_mode = KVMode.ROWS
+    growth_tokens = GROWTH_TOKENS
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench(
-            context_tokens=CELLS, max_sequences=6, batch_tokens=16, shared_batch_tokens=4, block_tokens=BLOCK
+            kv_mode=self.kv_mode,
+            growth_tokens=self.growth_tokens,
+            context_tokens=CELLS,
+            max_sequences=6,
+            batch_tokens=16,
+            shared_batch_tokens=4,
+            block_tokens=BLOCK,
         )
         self.begun: dict[str, Request] = {}
         self.ran: set[str] = set()
+        self.embedded: set[str] = set()
         self.failed: set[str] = set()
         self.replies: list[Future[Any]] = []
         self.exports: list[tuple[Future[None], str, list[tuple[int, int, int]]]] = []
@@ -63,31 +75,52 @@ class SchedulerMachine(RuleBasedStateMachine):
     def restore(self, name: str, n_tokens: int, whole: bool) -> None:
         """Any run of blocks from any block on; some continue what is there, and some do not."""
         tokens = self.begun[name].prompt
+        if self.kv_mode is KVMode.CHECKPOINT:
+            tokens = tokens[:-1]
         blocks = self.bench.stored(tokens, first_slot=1000 * (1 + int(name[1:])))
-        first = 0 if whole else n_tokens % len(blocks)
+        first = 0 if whole or not blocks else n_tokens % len(blocks)
         self.replies.append(self.bench.scheduler.restore(name, first * BLOCK, blocks[first : first + n_tokens]))
+
+    @rule(name=known, stop=st.integers(0, 40), n_steps=st.integers(0, 3))
+    def both_ends(self, name: str, stop: int, n_steps: int) -> None:
+        """The prompt up to `stop`, while what is behind it comes."""
+        self.replies.append(self.bench.scheduler.prefill(name, stop))
+        self.step(n_steps)
+        self.restore(name, -(-stop // BLOCK), False)
+
+    @rule(name=known)
+    def embed(self, name: str) -> None:
+        if name not in self.ran and not self.begun[name].sampling:
+            self.embedded.add(name)
+            self.replies.append(self.bench.scheduler.embed(name))
 
     @rule(name=known, max_tokens=st.integers(0, 12))
     def run(self, name: str, max_tokens: int) -> None:
-        if name not in self.ran:
+        if name not in self.ran | self.embedded:
             self.ran.add(name)
             self.bench.run(name, max_tokens)
 
     @rule(name=known, n_steps=st.integers(0, 4), evicted=st.booleans())
     def preempt(self, name: str, n_steps: int, evicted: bool) -> None:
         """It makes room for a while, at any stage."""
-        bench, request = self.bench, self.begun[name]
-        bench.scheduler.preempt(name)
-        bench.step()
-        if not request.preempted or request.ended:
-            return
-        bench.scheduler.park(name)
-        if evicted:
-            self.evict()
-        self.step(n_steps)
-        self.restore(name, 60, True)
-        self.step(n_steps)
-        bench.run(name, 12)
+        self.bench.scheduler.preempt(name)
+        self.bench.step()
+        self.go_on(n_steps, evicted=evicted)
+
+    def go_on(self, n_steps: int = 0, *, evicted: bool = False) -> bool:
+        """Whoever had to make room comes back after so many steps, twice. False if nobody had."""
+        paused = [name for name, r in self.begun.items() if r.preempted and not r.ended and self.bench.roster.get(name)]
+        for name in paused:
+            self.bench.scheduler.park(name)
+            if evicted:
+                self.evict()
+            for _ in range(n_steps):
+                self.bench.step()
+            self.restore(name, 60, True)
+            for _ in range(n_steps):
+                self.bench.step()
+            self.bench.run(name, 12)
+        return bool(paused)
 
     @rule(name=known)
     def cancel(self, name: str) -> None:
@@ -109,13 +142,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, n_steps: int) -> None:
         for _ in range(n_steps):
             self.bench.step()
+            self.go_on()
 
     @rule(name=known)
     def fail(self, name: str) -> None:
         """The engine refuses every row of this request for one step."""
         sequence = self.begun[name].sequence
         if sequence and not self.begun[name].ended:
-            self.failed.add(name)
+            self.failed.update([name] if self.kv_mode is KVMode.ROWS else self.begun)
             self.bench.engine.refuses = lambda row: row.seq == sequence.id
             self.bench.step()
             self.bench.engine.refuses = lambda row: False
@@ -129,6 +163,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         bench = self.bench
         for name in self.begun:
             bench.settle()
+            while self.go_on():
+                bench.settle()
             bench.release(name)
         bench.settle()
         for reply in self.replies:
@@ -138,9 +174,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.check_export(asked(self.begun[name]) + Tokens.of(bench.tokens(name)), blocks)
         for name, request in self.begun.items():
             end = bench.end(name)
-            assert (end is not None) is (name in self.ran)
+            given_up = bool(bench.events[name]) and isinstance(bench.events[name][-1], Preempted)
+            assert (end is not None or given_up) is (name in self.ran)
             if isinstance(end, Failed):
-                assert name in self.failed
+                assert name in self.failed, end.message
             elif end:
                 self.check_tokens(name, request, end)
         stats = bench.roster.stats()
@@ -149,10 +186,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bench.engine.free_cells == CELLS
 
     def check_export(self, tokens: Tokens, blocks: list[tuple[int, int, int]]) -> None:
-        stop = blocks[-1][0] + BLOCK
-        engine = null_engine(block_tokens=BLOCK)
-        prefill(engine, 0, tokens[:stop])
+        engine = NullEngine(null_config(block_tokens=BLOCK), checkpoints=self.kv_mode is KVMode.CHECKPOINT)
+        at = 0
         for start, n, slot in blocks:
+            prefill(engine, 0, tokens[at : start + n], at)
+            at = start + n
             (right,) = export(engine, 0, start, [n])
             assert self.bench.slot(slot, len(right)) == right, "never a wrong byte"
 
@@ -165,5 +203,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sum(isinstance(event, Prefilled) for event in self.bench.events[name]) == 1
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+class CrowdedMachine(SchedulerMachine):
+    """Requests claim cells as they go on, so that they have to make room for each other."""
+
+    growth_tokens = 2
+
+
+class CheckpointMachine(CrowdedMachine):
+    kv_mode = KVMode.CHECKPOINT
+
+
+for machine in (SchedulerMachine, CrowdedMachine, CheckpointMachine):
+    machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
+TestCrowded = CrowdedMachine.TestCase
+TestCheckpoints = CheckpointMachine.TestCase
