@@ -58,16 +58,22 @@ async def learned(home: Path, info: EngineInfo) -> AsyncGenerator[tuple[CostMode
     saved.pop(key, None)
     saved = dict(list(saved.items())[-KEPT_MODELS:])
 
-    def keep() -> None:
+    def write(data: bytes) -> None:
         try:
-            write_private(path, json.dumps({**saved, key: cost.to_json()}).encode())
+            write_private(path, data)
         except OSError as error:
             log.warning("calibration not kept: %s", error.strerror)
+
+    def as_json() -> bytes:
+        return json.dumps({**saved, key: cost.to_json()}).encode()
+
+    def keep() -> None:
+        write(as_json())
 
     async def keep_often() -> None:
         while True:
             await asyncio.sleep(KEEP_S)
-            await asyncio.to_thread(keep)
+            await asyncio.to_thread(write, as_json())  # read here: what is learned changes on this thread
 
     keeping = asyncio.create_task(keep_often())
     try:

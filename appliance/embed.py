@@ -27,9 +27,9 @@ async def embed(
         await turns.wait(turn)
         async with quarantine.inside(lambda: tokens.data) as stay:
             try:
-                # a namespace of its own: nothing is shared
-                await engine.begin(request_id, os.urandom(32), tokens, 0, owner)
                 try:
+                    # a namespace of its own: nothing is shared
+                    await engine.begin(request_id, os.urandom(32), tokens, 0, owner)
                     await engine.restore(request_id, 0, ())
                     turns.has_cells(turn)
                     turns.expect(turn, len(tokens))

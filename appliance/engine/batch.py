@@ -67,6 +67,9 @@ class Batches:
         fronts = [front.request for front in self._fronts if not front.request.was_run]
         wanting = [*self._roster.streams, *fronts]
         waiting = [r for r in wanting if r.sequence and not r.decoding and not self._transfers.restoring(r)]
+        budget = self._pace.prompt_tokens(n_decoding, len(waiting)) if waiting else 0
+        if budget <= 0:
+            return []
         for request in waiting:
             self._cells.adopt(request)
         waiting = [request for request in waiting if _prompt_end(request) > request.present]
@@ -76,10 +79,9 @@ class Batches:
         waiting.sort(key=lambda request: (_prompt_end(request) - request.present, request.number))
         if self._passed_over >= OVERTAKEN:
             waiting.sort(key=lambda request: request is not oldest)
-        budget = self._pace.prompt_tokens(n_decoding, len(waiting))
         work: list[Work] = []
+        every = self._cells.checkpoint_tokens
         for request in waiting:
-            every = self._cells.checkpoint_tokens
             if budget > 0 and not any(_computes_for(other, request, every) for other in work):
                 work.append(Work(request, _prefill_row(request, budget, every)))
                 budget -= len(work[-1].row.tokens)
